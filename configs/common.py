@@ -1,0 +1,84 @@
+"""Every field of a run, with its default. Other configs start from here and change what differs.
+
+    python -m vvt_jax.main --config=configs/digits.py --workdir=runs/digits --config.seed=1
+
+The fields are locked: one that is not listed here is refused. A field that says "None: ..." is
+empty until it is given.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config(_: str = "") -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0  # of initialisation, data order, augmentation and drop path
+    config.mode = "train"  # "train", or "eval": evaluate the newest checkpoint of the workdir
+    config.batch_size = 64  # images a step, over all devices
+    config.total_epochs = placeholder(float)  # passes over the training images
+    config.total_steps = placeholder(int)  # updates; goes before total_epochs where it is given
+
+    config.log_every_steps = 20
+    config.eval_every_steps = 100  # on the validation split
+    config.checkpoint_every_steps = 100
+    config.keep_checkpoints = 2  # the newest ones; the best is kept beside them
+    config.compilation_cache = "~/.cache/vvt_jax"  # folder of jax's compiled programs; "": none
+
+    # How the devices share the work; -1 stands for all that are left.
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # images of the batch
+    config.mesh.fsdp = 1  # images of the batch, and parameters and optimizer state
+    config.mesh.spatial = 1  # rows of each image
+
+    # A field that is None is the named model's own; see vvt_jax.models.VVT for what they mean.
+    config.model = ConfigDict()
+    config.model.name = "vvt_tiny"
+    config.model.embed_dims = placeholder(tuple)
+    config.model.depths = placeholder(tuple)
+    config.model.num_heads = placeholder(tuple)
+    config.model.mlp_ratios = placeholder(tuple)
+    config.model.feature_reduction = placeholder(tuple)
+    config.model.gate_reduction = placeholder(int)
+    config.model.locality = placeholder(str)  # "sum", "product", "1d", "none"
+    config.model.attention = placeholder(str)  # "vicinity", "softmax"
+    config.model.clamp = placeholder(bool)
+    config.model.patch_strides = placeholder(tuple)
+    config.model.drop_path_rate = placeholder(float)
+    config.model.num_classes = placeholder(int)  # None: as many as the data set has
+    config.model.dtype = placeholder(str)  # "float32", "bfloat16"
+    config.model.remat = placeholder(bool)
+    config.model.unroll = placeholder(bool)
+
+    config.data = ConfigDict()
+    config.data.source = "digits"  # "digits", or "tfds:NAME"
+    config.data.data_dir = placeholder(str)  # None: the library's own place
+    config.data.train_split = "train"
+    config.data.validation_split = "validation"  # "": no evaluation during training
+    config.data.test_split = "test"  # evaluated once, after the last step; "": none
+    config.data.size = (224, 224)  # height, width of the model's input, pixels
+    config.data.crop_fraction = 0.875  # evaluation: side of the centre crop, of the resized image
+    config.data.interpolation = "bicubic"
+    config.data.mean = (0.485, 0.456, 0.406)  # of red, green, blue, on a scale from 0 to 1
+    config.data.std = (0.229, 0.224, 0.225)
+    config.data.workers = 0  # processes that read and augment; 0: threads of this one
+    config.data.threads = 8  # a process
+
+    config.augment = ConfigDict()
+    config.augment.crop = "random_resized_crop"  # or "resize": as in evaluation
+    config.augment.min_scale = 0.08  # smallest part of the image's area that is cropped
+    config.augment.flip = True  # left to right, every other time
+    config.augment.shift = 0  # pixels, at most, each way; what moves in is black
+
+    config.optimizer = ConfigDict()  # AdamW
+    config.optimizer.learning_rate = 1e-3  # at its peak
+    config.optimizer.warmup_epochs = 5.0  # rises linearly, then falls along a cosine
+    config.optimizer.warmup_learning_rate = 0.0  # at step 0
+    config.optimizer.final_learning_rate = 0.0
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.999
+    config.optimizer.eps = 1e-8
+    config.optimizer.weight_decay = 0.05  # none on biases and norms
+    config.optimizer.clip_norm = 1.0  # of the gradient over all parameters; 0: not clipped
+    config.optimizer.label_smoothing = 0.1
+    config.optimizer.ema_decay = 0.0  # moving average of the weights, a step; 0: none
+    return config.lock()

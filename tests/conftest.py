@@ -1,0 +1,93 @@
+"""What several test files share: small runs, in this process and in others."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """One cache of compiled programs for all tests and their processes, so that each shape of
+    program is compiled once."""
+    folder = tmp_path_factory.mktemp("compilation_cache")
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    return folder
+
+
+@pytest.fixture
+def small_config(compilation_cache):
+    """A run of 12 steps of 64 digits: logs every 2, evaluates every 4, saves every 3."""
+    from configs import digits
+
+    config = digits.get_config()
+    config.total_steps = 12
+    config.log_every_steps = 2
+    config.eval_every_steps = 4
+    config.checkpoint_every_steps = 3
+    config.compilation_cache = str(compilation_cache)
+    return config
+
+
+class Run:
+    """`python -m vvt_jax.main` on the small run, as a process."""
+
+    def __init__(self, cache: Path):
+        self._cache = cache
+
+    def start(
+        self, workdir: Path, *flags: str, config: str = "configs/digits.py", devices: int = 1
+    ):
+        environment = {
+            **os.environ,
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        }
+        return subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "vvt_jax.main",
+                f"--config={config}",
+                f"--workdir={workdir}",
+                "--config.log_every_steps=2",
+                "--config.eval_every_steps=4",
+                "--config.checkpoint_every_steps=3",
+                f"--config.compilation_cache={self._cache}",
+                *flags,
+            ],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def __call__(self, workdir: Path, *flags: str, **options) -> subprocess.CompletedProcess:
+        process = self.start(workdir, *flags, **options)
+        out, err = process.communicate(timeout=300)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@pytest.fixture(scope="session")
+def run(compilation_cache):
+    return Run(compilation_cache)
+
+
+@pytest.fixture(scope="session")
+def read_metrics():
+    """The lines of a run's metrics.jsonl, without what depends on the clock."""
+
+    def read(workdir: Path) -> list[dict]:
+        lines = (workdir / "metrics.jsonl").read_text().splitlines()
+        return [
+            {k: v for k, v in json.loads(line).items() if k != "train/images_per_second"}
+            for line in lines
+        ]
+
+    return read

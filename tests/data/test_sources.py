@@ -1,0 +1,255 @@
+"""Sources: what is opened, and what is refused with which sentence."""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from vvt_jax.data import sources
+
+tfds = pytest.importorskip("tensorflow_datasets")
+
+
+def _colour(index: int) -> tuple[int, int, int]:
+    return (index, 2 * index, 255 - index)
+
+
+class SmallSquares(tfds.core.GeneratorBasedBuilder):
+    """40 and 10 squares of one colour each, as PNG, of growing width; `index` is not needed."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "label": tfds.features.ClassLabel(names=["red", "green", "blue"]),
+            "index": np.int64,
+        }
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        del dl_manager
+        return {"train": self._generate_examples(40), "test": self._generate_examples(10, -1)}
+
+    def _generate_examples(self, count, label=None):
+        for index in range(count):
+            # Every fourth file is grey, as in ImageNet: the RGB feature must not matter.
+            mode, colour = ("L", index) if index % 4 == 0 else ("RGB", _colour(index))
+            file = io.BytesIO()
+            PIL.Image.new(mode, (16 + index, 12), colour).save(file, "PNG")
+            file.seek(0)
+            yield index, {"image": file, "label": label or index % 3, "index": index}
+
+
+class WordsOnly(SmallSquares):
+    """A data set without images."""
+
+    def _info(self):
+        features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager):
+        del dl_manager
+        return {"train": iter([(0, {"text": "a"})])}
+
+
+def _prepare(builder_class, folder, file_format):
+    builder = builder_class(data_dir=folder, file_format=file_format)
+    builder.download_and_prepare(
+        download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+    )
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tfds")
+    _prepare(SmallSquares, folder, "array_record")
+    _prepare(WordsOnly, folder, "array_record")
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("split", "size", "digest"),
+    [
+        ("train", 1293, "647e837e6283b86b"),
+        ("validation", 144, "8c680fd2c94a4f9e"),
+        ("test", 360, "772b39701d935e66"),
+    ],
+)
+def test_digits_splits_are_frozen(split, size, digest):
+    source = sources.open_source("digits", split)
+    assert len(source.examples) == size
+    assert source.num_classes == 10
+    assert source.class_names == tuple("0123456789")
+    content = hashlib.sha256()
+    for index in range(size):
+        example = source.examples[index]
+        assert example["image"].shape == (8, 8, 1)
+        assert example["image"].dtype == np.uint8
+        assert isinstance(example["label"], int)
+        content.update(example["image"].tobytes() + bytes([example["label"]]))
+    assert content.hexdigest()[:16] == digest
+
+
+def test_digits_splits_are_stratified_disjoint_and_complete():
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    seen = []
+    for split in ("train", "validation", "test"):
+        examples = sources.open_source("digits", split).examples
+        images = [examples[i]["image"] for i in range(len(examples))]
+        labels = [examples[i]["label"] for i in range(len(examples))]
+        share = np.bincount(labels, minlength=10) / len(examples)
+        assert np.abs(share - np.bincount(digits.target) / 1797).max() < 0.01
+        assert np.max(images) == 255
+        seen += [(image.tobytes(), label) for image, label in zip(images, labels, strict=True)]
+    expected = np.round(digits.images * 255 / 16).astype(np.uint8)
+    assert sorted(seen) == sorted(
+        (image.tobytes(), int(label)) for image, label in zip(expected, digits.target, strict=True)
+    )
+
+
+def test_tfds_examples(data_dir):
+    source = sources.open_source("tfds:small_squares", "train", data_dir=data_dir)
+    assert (source.name, source.split) == ("tfds:small_squares", "train")
+    assert source.class_names == ("red", "green", "blue")
+    assert len(source.examples) == 40
+    seen = set()
+    for i in range(40):
+        example = pickle.loads(pickle.dumps(source)).examples[i] if i < 3 else source.examples[i]
+        assert set(example) == {"image", "label"}
+        height, width, channels = example["image"].shape
+        index = width - 16
+        assert (height, channels, example["image"].dtype) == (12, 3, np.uint8)
+        assert example["label"] == index % 3
+        assert isinstance(example["label"], int)
+        colour = (index,) * 3 if index % 4 == 0 else _colour(index)
+        np.testing.assert_array_equal(
+            example["image"], np.broadcast_to(np.uint8(colour), example["image"].shape)
+        )
+        seen.add(index)
+    assert seen == set(range(40))
+
+
+def test_tfds_split_slices_are_disjoint_and_complete(data_dir):
+    def widths(split):
+        examples = sources.open_source("tfds:small_squares", split, data_dir=data_dir).examples
+        return [examples[i]["image"].shape[1] for i in range(len(examples))]
+
+    assert len(widths("train[:90%]")) == 36
+    assert widths("train[:90%]") + widths("train[90%:]") == widths("train")
+    assert widths("train[3:5]") == widths("train")[3:5]
+
+
+def test_tfds_opens_a_version_by_name(data_dir):
+    source = sources.open_source("tfds:small_squares:1.0.0", "train", data_dir=data_dir)
+    assert len(source.examples) == 40
+
+
+def test_tfds_opens_a_folder_whose_builder_is_unknown_without_tensorflow(data_dir):
+    code = f"""
+import sys
+from vvt_jax.data import sources
+import tensorflow_datasets as tfds
+
+assert "small_squares" not in tfds.list_builders(with_community_datasets=False)
+source = sources.open_source("tfds:small_squares", "train[:50%]", data_dir={data_dir!r})
+print(len(source.examples), source.examples[7]["image"].shape[0], "tensorflow" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["20", "12", "False"]
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = (
+        "import sys, vvt_jax.data; "
+        "print(*{'grain', 'tensorflow_datasets', 'PIL', 'sklearn', 'numpy'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+
+
+def _refusal(name, split="train", data_dir=None):
+    start = time.monotonic()
+    with pytest.raises(sources.DataError) as refused:
+        sources.open_source(name, split, data_dir=data_dir)
+    assert time.monotonic() - start < 5  # No network, no retries.
+    sentence = str(refused.value)
+    assert "\n" not in sentence
+    assert re.fullmatch(r"\S.*[.?]", sentence)
+    return sentence
+
+
+@pytest.mark.parametrize(
+    "name", ["mnist", "imagenet2012", "nowhere_to_be_found", "fog/thick:1.2.3"]
+)
+def test_missing_data_says_where_it_was_sought_and_how_to_get_it(tmp_path, name):
+    sentence = _refusal(f"tfds:{name}", data_dir=str(tmp_path))
+    assert str(tmp_path) in sentence
+    assert f"python -m vvt_jax.prepare {name} --data_dir={tmp_path}" in sentence
+
+
+def test_data_dir_of_the_environment(data_dir):
+    code = """
+from vvt_jax.data import sources
+print(len(sources.open_source("tfds:small_squares", "train").examples))
+"""
+    environment = os.environ | {"TFDS_DATA_DIR": data_dir}  # tfds reads it when it is imported.
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "40", done.stderr
+
+
+def test_parquet_is_refused(tmp_path):
+    _prepare(SmallSquares, tmp_path, "parquet")
+    sentence = _refusal("tfds:small_squares", data_dir=str(tmp_path))
+    assert "prepared as parquet" in sentence
+    assert "vvt_jax.prepare small_squares" in sentence
+
+
+def test_tfrecord_is_refused(tmp_path, data_dir):
+    # tfds writes TFRecord only with TensorFlow; what tells the format is the data set's own record.
+    shutil.copytree(f"{data_dir}/small_squares", tmp_path / "small_squares")
+    folder = tmp_path / "small_squares" / "1.0.0"
+    info = json.loads((folder / "dataset_info.json").read_text())
+    info["fileFormat"] = "tfrecord"
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    for file in list(folder.glob("*.array_record*")):
+        file.rename(folder / file.name.replace("array_record", "tfrecord"))
+    sentence = _refusal("tfds:small_squares", data_dir=str(tmp_path))
+    assert "prepared as tfrecord" in sentence
+    assert "array_record" in sentence
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "words"),
+    [
+        ("nothing", "train", ["'nothing'", "digits", "tfds:NAME"]),
+        ("digits:2", "train", ["'digits:2'"]),
+        ("digits", "valid", ["'valid'", "train, validation, test"]),
+        ("tfds:small_squares", "valid", ["'valid'", "train, test"]),
+        ("tfds:small_squares", "train[:200%]", ["train[:200%]"]),
+        ("tfds:small_squares", "test", ["have no labels"]),
+        ("tfds:small_squares:3.0.0", "train", ["small_squares:3.0.0", "not found"]),
+        ("tfds:not a name", "train", ["not a name"]),
+        ("tfds:", "train", ["'tfds:'"]),
+        ("tfds:words_only", "train", ["'image'", "text"]),
+    ],
+)
+def test_refusals(name, split, words, data_dir):
+    sentence = _refusal(name, split, data_dir)
+    for word in words:
+        assert word in sentence

@@ -1,0 +1,200 @@
+"""The update: what it computes, carries, remembers and gives up, on a net of a few parameters."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+from vvt_jax.recipe.losses import cross_entropy
+from vvt_jax.recipe.step import init_state, make_train_step
+
+_RECORD = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25]}
+_CLASSES = 4
+
+
+class Plain(nn.Module):
+    """A linear classifier: neither dropout nor statistics."""
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        return nn.Dense(_CLASSES)(images.reshape(len(images), -1))
+
+
+class Noisy(nn.Module):
+    """Dropout and batch statistics."""
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        x = nn.Dense(8)(images.reshape(len(images), -1))
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+        x = nn.Dropout(0.5, deterministic=not train)(x)
+        return nn.Dense(_CLASSES)(x)
+
+
+class Cornered(nn.Module):
+    """Finite logits whose gradient is not: the square root of zero."""
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        root = jnp.sqrt(self.param("root", nn.initializers.zeros, (_CLASSES,)))
+        return images.mean((1, 2, 3))[:, None] + root
+
+
+def _batch(seed=0, size=6):
+    rng = np.random.default_rng(seed)
+    return {
+        "image": jnp.asarray(rng.integers(256, size=(size, 2, 2, 3), dtype=np.uint8)),
+        "label": jnp.asarray(rng.integers(_CLASSES, size=size), jnp.int32),
+    }
+
+
+def _normalised(batch):
+    return (batch["image"] / np.float32(255) - np.float32(_RECORD["mean"])) / np.float32(
+        _RECORD["std"]
+    )
+
+
+def _make(model=None, *, seed=0, ema_decay=0.0, label_smoothing=0.0, optimizer=None):
+    model, optimizer = model or Plain(), optimizer or optax.sgd(0.1)
+    state = init_state(model, optimizer, (1, 2, 2, 3), seed, ema=ema_decay > 0)
+    step = make_train_step(
+        model,
+        optimizer,
+        preprocessing=_RECORD,
+        label_smoothing=label_smoothing,
+        ema_decay=ema_decay,
+    )
+    return jax.jit(step), state
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+def test_update_is_the_gradient_of_the_mean_loss(label_smoothing):
+    step, state = _make(label_smoothing=label_smoothing)
+    totals = []
+    for seed in range(3):
+        batch = _batch(seed)
+
+        def loss(params, batch=batch):
+            logits = Plain().apply({"params": params}, _normalised(batch))
+            return cross_entropy(logits, batch["label"], label_smoothing).mean()
+
+        value, gradient = jax.value_and_grad(loss)(state.params)
+        expected = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, gradient)
+        squares = sum(float((g**2).sum()) for g in jax.tree.leaves(gradient))
+        totals.append((float(value), np.sqrt(squares)))
+        state = step(state, batch)
+        chex.assert_trees_all_close(state.params, expected, rtol=1e-5, atol=1e-6)
+        assert state.step == state.totals.steps == seed + 1
+        assert state.seed == 0
+        sums = (state.totals.loss, state.totals.grad_norm)
+        np.testing.assert_allclose(sums, np.sum(totals, 0), rtol=1e-5)
+    assert state.totals.bad_step == 0
+
+
+def test_label_smoothing_reaches_the_loss():
+    losses = []
+    for smoothing in (0.0, 0.5):
+        step, state = _make(label_smoothing=smoothing)
+        losses.append(float(step(state, _batch()).totals.loss))
+    assert abs(losses[0] - losses[1]) > 1e-3
+
+
+def test_initial_state_follows_from_the_seed():
+    states = [_make(Noisy(), seed=seed)[1] for seed in (0, 0, 1)]
+    chex.assert_trees_all_equal(states[0].params, states[1].params)
+    kernels = [state.params["Dense_0"]["kernel"] for state in states]
+    assert not np.allclose(kernels[0], kernels[2])
+    assert [int(state.seed) for state in states] == [0, 0, 1]
+    assert states[0].ema is None
+    assert states[0].step == 0
+
+
+def test_moving_average():
+    step, state = _make(ema_decay=0.75)
+    chex.assert_trees_all_equal(state.ema, state.params)
+    expected = state.params
+    for seed in range(3):
+        state = step(state, _batch(seed))
+        expected = jax.tree.map(lambda e, p: 0.75 * e + 0.25 * p, expected, state.params)
+        chex.assert_trees_all_close(state.ema, expected, rtol=1e-6, atol=1e-7)
+    assert state.variables(ema=True)["params"] is state.ema
+    assert state.variables()["params"] is state.params
+
+
+def test_batch_statistics_are_carried():
+    step, state = _make(Noisy())
+    batch, mean = _batch(), 0.0
+    for _ in range(3):
+        dense = state.params["Dense_0"]
+        inputs = _normalised(batch).reshape(6, -1) @ dense["kernel"] + dense["bias"]
+        mean = 0.9 * mean + 0.1 * inputs.mean(0)
+        state = step(state, batch)
+        carried = state.variables()["batch_stats"]["BatchNorm_0"]["mean"]
+        np.testing.assert_allclose(carried, mean, rtol=1e-4, atol=1e-6)
+
+
+def test_dropout_follows_from_seed_and_step_alone():
+    batch = _batch()
+    step, state = _make(Noisy())
+    once, again = step(state, batch), step(state, batch)
+    chex.assert_trees_all_equal(once, again)
+
+    def loss(state):
+        return float(step(state, batch).totals.loss)
+
+    other_step = loss(dataclasses.replace(state, step=state.step + 1))
+    other_seed = loss(dataclasses.replace(state, seed=state.seed + 1))
+    assert len({float(once.totals.loss), other_step, other_seed}) == 3
+
+
+@pytest.mark.parametrize("good_steps", [0, 2])
+def test_bad_step_is_the_first_that_is_not_finite(good_steps):
+    step, state = _make()
+    for _ in range(good_steps):
+        state = step(state, _batch())
+    assert state.totals.bad_step == 0
+    bad = jax.tree.map(lambda p: p.at[0].set(jnp.inf), state.params)
+    state = dataclasses.replace(state, params=bad)
+    for _ in range(3):
+        state = step(state, _batch())
+        assert state.totals.bad_step == good_steps + 1
+    # It stays on record when the numbers are sound again.
+    state = dataclasses.replace(state, params=_make()[1].params)
+    assert step(state, _batch()).totals.bad_step == good_steps + 1
+
+
+def test_a_bad_gradient_of_a_finite_loss_is_noticed():
+    step, state = _make(Cornered())
+    state = step(state, _batch())
+    assert np.isfinite(state.totals.loss)
+    assert state.totals.bad_step == 1
+
+
+@pytest.mark.parametrize("model", [Plain(), Noisy()], ids=["plain", "noisy"])
+def test_takes_the_memory_of_the_old_state_over(model):
+    step, state = _make(model, ema_decay=0.9, optimizer=optax.adamw(1e-3))
+    donating = jax.jit(step, donate_argnums=0)
+    batch = _batch()
+    new = donating(state, batch)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((new, batch)))
+
+
+def test_is_traced_once():
+    traces = []
+
+    class Counting(Plain):
+        def __call__(self, images, train=False):
+            traces.append(images.shape)
+            return super().__call__(images, train)
+
+    step, state = _make(Counting())
+    traces.clear()  # of init
+    for seed in range(4):
+        state = step(state, _batch(seed))
+    assert len(traces) == 1

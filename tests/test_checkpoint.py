@@ -1,0 +1,304 @@
+"""Checkpoints of small states on disk: what comes back, what is kept, what is refused."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from vvt_jax.checkpoint import Best, Checkpoints
+from vvt_jax.recipe.step import Totals, TrainState
+
+
+def _state(step=0, *, seed=0, ema=True, width=8):
+    rng = np.random.default_rng(seed)
+
+    def random(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    params = {"blocks": {"kernel": random(2, width, 3)}, "head": {"bias": random(3)}}
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(lambda _: 1e-3))
+    _, opt_state = optimizer.update(params, optimizer.init(params), params)
+    return TrainState(
+        step=jnp.asarray(step, jnp.int32),
+        seed=jnp.asarray(2**31 - 1, jnp.uint32),
+        params=params,
+        mutable={"batch_stats": {"mean": random(4)}} if seed else {},
+        opt_state=opt_state,
+        ema=jax.tree.map(lambda p: p / 3, params) if ema else None,
+        totals=Totals(random(), random(), jnp.asarray(3), jnp.asarray(2)),
+    )
+
+
+def _abstract(state):
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+
+
+def _save(folder, *steps, keep=2, best=Best(), **options):  # noqa: B008 - frozen
+    with Checkpoints(folder, keep=keep) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, _state(step, **options), best)
+
+
+def _restore(folder, like=None, keep=2):
+    with Checkpoints(folder, keep=keep) as checkpoints:
+        return checkpoints.restore(_abstract(like or _state()))
+
+
+def _kept(folder):
+    return sorted(int(path.name) for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("ema", [True, False], ids=["ema", "no ema"])
+@pytest.mark.parametrize("seed", [0, 1], ids=["no collections", "collections"])
+def test_comes_back_bit_for_bit(tmp_path, ema, seed):
+    state, best = _state(7, seed=seed, ema=ema), Best(step=4, top1=1 / 3)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.latest_step() is None
+        checkpoints.save(7, state, best)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.latest_step() == 7
+        restored, restored_best = checkpoints.restore(_abstract(state))
+    assert restored_best == best
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    chex.assert_trees_all_equal(restored, state)
+    chex.assert_trees_all_equal_dtypes(restored, state)
+
+
+def test_newest_and_best_are_kept_and_the_newest_comes_back(tmp_path):
+    best = Best()
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step, top1 in enumerate([0.1, 0.6, 0.9, 0.8, 0.5, 0.9, 0.2, 0.3, 0.1], 1):
+            best = max(best, Best(step, top1), key=lambda b: b.top1)
+            checkpoints.save(step, _state(step), best)
+    assert _kept(tmp_path) == [3, 8, 9]
+    restored, found = _restore(tmp_path)
+    assert (int(restored.step), found) == (9, best)
+
+
+def test_the_best_stays_after_a_resume(tmp_path):
+    _save(tmp_path, 3, 4, best=Best(3, 0.9))
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        _, best = checkpoints.restore(_abstract(_state()))
+        for step in (5, 6, 7):
+            checkpoints.save(step, _state(step), best)
+    assert _kept(tmp_path) == [3, 7]
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.restore(_abstract(_state()))
+        for step in (8, 9, 10):
+            checkpoints.save(step, _state(step), Best(8, 0.95))
+    assert _kept(tmp_path) == [8, 10]
+
+
+def test_without_evaluations_the_newest_are_kept(tmp_path):
+    _save(tmp_path, 1, 2, 3, 4, keep=3)
+    assert _kept(tmp_path) == [2, 3, 4]
+
+
+def test_a_step_is_saved_once(tmp_path):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(3, _state(3), Best(3, 0.5))
+        checkpoints.save(3, _state(3, seed=1), Best())
+    restored, best = _restore(tmp_path)
+    assert best == Best(3, 0.5)
+    chex.assert_trees_all_equal(restored, _state(3))
+
+
+def test_saving_is_not_disturbed_by_steps_that_take_the_memory_over(tmp_path):
+    state = _state(width=500_000)  # some 60 MB
+    step = jax.jit(
+        lambda s: jax.tree.map(lambda x: x * 2 + 1, dataclasses.replace(s, step=s.step + 1)),
+        donate_argnums=0,
+    )
+    with Checkpoints(tmp_path, keep=9) as checkpoints:
+        copies = {}
+        for number in range(9):
+            if number % 4 == 0:
+                copies[number] = jax.tree.map(lambda x: np.array(x, copy=True), state)
+                checkpoints.save(number, state, Best())
+            state = step(state)
+    for number in copies:
+        alone = tmp_path.parent / f"{tmp_path.name}-{number}"
+        shutil.copytree(tmp_path / str(number), alone / str(number))
+        restored, _ = _restore(alone, state)
+        chex.assert_trees_all_equal(restored, copies[number])
+
+
+def test_the_restored_state_can_be_donated(tmp_path):
+    _save(tmp_path, 1)
+    restored, _ = _restore(tmp_path)
+    step = jax.jit(lambda s: jax.tree.map(lambda x: x * 2, s), donate_argnums=0)
+    for _ in range(3):
+        restored = step(restored)
+    chex.assert_trees_all_close(restored.params, jax.tree.map(lambda x: x * 8, _state().params))
+
+
+def test_a_half_written_checkpoint_is_ignored_and_removed(tmp_path):
+    _save(tmp_path, 1, 2)
+    half = tmp_path / "3.orbax-checkpoint-tmp-1700000000"
+    shutil.copytree(tmp_path / "2", half)
+    (half / "_CHECKPOINT_METADATA").unlink()
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.latest_step() == 2
+        assert checkpoints.restore(_abstract(_state()))[0].step == 2
+        checkpoints.save(3, _state(3), Best())
+    assert _kept(tmp_path) == [2, 3]
+
+
+def _version(folder):
+    path = folder / "bookkeeping" / "metadata"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 9}))
+
+
+def _arrays(folder):
+    """The files of the large arrays, of which there are few."""
+    paths = [p for p in folder.rglob("*") if p.is_file() and p.stat().st_size > 50_000]
+    assert paths
+    return paths
+
+
+def _truncated(folder):
+    for path in _arrays(folder):
+        os.truncate(path, path.stat().st_size // 2)
+
+
+def _emptied(folder):
+    for path in _arrays(folder):
+        path.write_bytes(b"")
+
+
+def _missing(folder):
+    for path in _arrays(folder):
+        path.unlink()
+
+
+def _flipped(folder):
+    path = _arrays(folder)[0]
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def _without_state(folder):
+    shutil.rmtree(folder / "state")
+
+
+_DAMAGES = {
+    _version: "has format version 9, but this program reads version 1.",
+    _truncated: "can't be read (",
+    _emptied: "can't be read (",
+    _missing: "can't be read (",
+    _flipped: "is damaged: it is not what was saved: delete that folder to go on",
+    _without_state: "can't be read (",
+}
+_RESTORE_EACH = """
+    import json, sys
+    from pathlib import Path
+    from tests.test_checkpoint import _restore, _state
+    from vvt_jax.checkpoint import CheckpointError
+
+    told = {}
+    for folder in Path(sys.argv[1]).iterdir():
+        try:
+            _restore(folder, _state(width=10_001 if folder.name == "other_model" else 10_000))
+        except CheckpointError as error:
+            told[folder.name] = str(error)
+    print(json.dumps(told))
+"""
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory):
+    """Folders with a damaged newest checkpoint, and what was told of each by a process that tried
+    to restore it: orbax's reads that fail go on to complain in the tests that come after."""
+    root = tmp_path_factory.mktemp("damaged")
+    _save(root / "other_model", 1, 2, width=10_000)
+    for damage in _DAMAGES:
+        shutil.copytree(root / "other_model", root / damage.__name__)
+        damage(root / damage.__name__ / "2")
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(_RESTORE_EACH), str(root)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return root, json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [*((damage.__name__, words) for damage, words in _DAMAGES.items()), ("other_model", "(")],
+)
+def test_what_cannot_be_restored_is_refused_with_the_mend(refused, name, words):
+    root, told = refused
+    assert told[name].startswith(f"The checkpoint {root / name / '2'} ")
+    assert words in told[name]
+    assert "\n" not in told[name]
+    assert told[name].endswith(".")
+    if name not in ("_version", "other_model"):
+        shutil.rmtree(root / name / "2")
+        assert _restore(root / name, _state(width=10_000))[0].step == 1
+
+
+_SHARDED = """
+    import sys, jax, jax.numpy as jnp, numpy as np
+    from pathlib import Path
+    from jax.sharding import NamedSharding, PartitionSpec as P
+    from vvt_jax import parallel
+    from vvt_jax.checkpoint import Best, Checkpoints
+
+    folder = Path(sys.argv[1])
+    state = {"kernel": jnp.arange(64.0).reshape(4, 16) / 8, "step": jnp.asarray(5)}
+
+    def laid_out(**sizes):
+        mesh = parallel.make_mesh({"data": 1, "fsdp": 1, "spatial": 1, **sizes}, 8)
+        return parallel.state_shardings(mesh, state)
+
+    with Checkpoints(folder, keep=2) as checkpoints:
+        checkpoints.save(5, jax.device_put(state, laid_out(fsdp=8)), Best())
+    for sizes in ({"fsdp": 8}, {"data": 8}, {"data": 2, "fsdp": 2, "spatial": 2}):
+        shardings = laid_out(**sizes)
+        abstract = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
+        )
+        with Checkpoints(folder, keep=2) as checkpoints:
+            restored, _ = checkpoints.restore(abstract)
+        for name in state:
+            assert restored[name].sharding == shardings[name], (sizes, name)
+            np.testing.assert_array_equal(restored[name], state[name])
+    print("done")
+"""
+
+
+def test_comes_back_on_other_meshes(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(_SHARDED), str(tmp_path)],
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+    restored, _ = _restore_dict(tmp_path)
+    np.testing.assert_array_equal(
+        restored["kernel"], np.arange(64, dtype=np.float32).reshape(4, 16) / 8
+    )
+
+
+def _restore_dict(folder: Path):
+    """On this process's one device."""
+    state = {"kernel": jnp.zeros((4, 16)), "step": jnp.asarray(0)}
+    with Checkpoints(folder, keep=2) as checkpoints:
+        return checkpoints.restore(_abstract(state))

@@ -1,0 +1,225 @@
+"""Checks of a config, and what a resumed run may change."""
+
+import json
+
+import pytest
+
+from configs import common, digits
+from vvt_jax.configuration import ConfigError, check_values, settle, unknown_field
+
+
+def _config(**changes):
+    config = digits.get_config()
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    return config
+
+
+def test_the_configs_pass():
+    check_values(digits.get_config())
+    config = common.get_config()
+    config.total_steps = 1
+    check_values(config)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "why"),
+    [
+        ("mode", "evaluate", "it is 'train' or 'eval'"),
+        ("seed", -1, "it goes from 0 up to 2147483647"),
+        ("seed", 2**31, "it goes from 0 up to 2147483647"),
+        ("batch_size", 0, "it has to be positive"),
+        ("total_steps", 0, "it has to be positive"),
+        ("total_epochs", -1.0, "it has to be positive"),
+        ("log_every_steps", 0, "it has to be positive"),
+        ("eval_every_steps", -3, "it has to be positive"),
+        ("checkpoint_every_steps", 0, "it has to be positive"),
+        ("keep_checkpoints", 0, "it has to be positive"),
+        ("data.workers", -1, "it can't be negative"),
+        ("data.threads", -1, "it can't be negative"),
+        ("optimizer.learning_rate", 0.0, "it has to be positive"),
+        ("optimizer.eps", 0.0, "it has to be positive"),
+        ("optimizer.warmup_epochs", -1.0, "it can't be negative"),
+        ("optimizer.weight_decay", -0.1, "it can't be negative"),
+        ("optimizer.clip_norm", -1.0, "it can't be negative"),
+        ("optimizer.b1", 1.0, "it goes from 0 up to, not including, 1"),
+        ("optimizer.b2", -0.1, "it goes from 0 up to, not including, 1"),
+        ("optimizer.ema_decay", 1.0, "it goes from 0 up to, not including, 1"),
+        ("optimizer.label_smoothing", 1.5, "it goes from 0 up to, not including, 1"),
+    ],
+)
+def test_values_that_cannot_be_meant(field, value, why):
+    with pytest.raises(ConfigError) as refused:
+        check_values(_config(**{field.replace(".", "__"): value}))
+    assert str(refused.value) == f"config.{field}={value!r} can't be run: {why}."
+
+
+def test_a_duration_has_to_be_given():
+    with pytest.raises(ConfigError, match=r"Neither config.total_epochs nor config.total_steps"):
+        check_values(common.get_config())
+
+
+def test_a_new_folder_gets_the_config(tmp_path):
+    config = _config()
+    settle(config, tmp_path / "deep" / "run")
+    written = json.loads((tmp_path / "deep" / "run" / "config.json").read_text())
+    assert written["optimizer"] == config.optimizer.to_dict()
+    assert written["data"]["size"] == [32, 32]
+    assert [path.name for path in (tmp_path / "deep" / "run").iterdir()] == ["config.json"]
+
+
+def test_the_same_config_settles_again(tmp_path):
+    for _ in range(3):
+        settle(_config(), tmp_path)
+
+
+def test_to_evaluate_only_compares(tmp_path):
+    settle(_config(mode="eval"), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    settle(_config(), tmp_path)
+    before = (tmp_path / "config.json").read_bytes()
+    settle(_config(mode="eval", data__workers=3), tmp_path)
+    assert (tmp_path / "config.json").read_bytes() == before
+    with pytest.raises(ConfigError, match=r"config\.seed"):
+        settle(_config(mode="eval", seed=1), tmp_path)
+
+
+_FREE_CHANGES = {
+    "mesh__data": 2,
+    "mesh__fsdp": 4,
+    "mesh__spatial": 2,
+    "data__workers": 3,
+    "data__threads": 1,
+    "log_every_steps": 7,
+    "eval_every_steps": 7,
+    "checkpoint_every_steps": 7,
+    "keep_checkpoints": 7,
+    "compilation_cache": "",
+}
+
+
+@pytest.mark.parametrize("field", _FREE_CHANGES)
+def test_what_does_not_alter_the_updates_may_change(tmp_path, field):
+    settle(_config(), tmp_path)
+    settle(_config(**{field: _FREE_CHANGES[field]}), tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    for part in field.split("__"):
+        written = written[part]
+    assert written == _FREE_CHANGES[field]
+
+
+@pytest.mark.parametrize(
+    ("field", "before", "now"),
+    [
+        ("seed", 0, 1),
+        ("batch_size", 64, 32),
+        ("total_steps", None, 10),
+        ("model__name", "vvt_nano", "vvt_tiny"),
+        ("model__locality", None, "none"),
+        ("model__embed_dims", None, (8, 8, 8, 8)),
+        ("data__source", "digits", "tfds:mnist"),
+        ("data__size", (32, 32), (64, 64)),
+        ("augment__shift", 2, 0),
+        ("optimizer__b1", 0.9, 0.8),
+    ],
+)
+def test_any_other_change_is_named_with_both_values(tmp_path, field, before, now):
+    settle(_config(), tmp_path)
+    kept = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(ConfigError) as refused:
+        settle(_config(**{field: now}), tmp_path)
+    before, now = (list(v) if isinstance(v, tuple) else v for v in (before, now))
+    name = field.replace("__", ".")
+    assert f"another config: config.{name} ({before} before, {now} now);" in str(refused.value)
+    assert str(tmp_path) in str(refused.value)
+    assert (tmp_path / "config.json").read_bytes() == kept
+
+
+def test_every_field_but_the_free_ones_is_compared(tmp_path):
+    """A field that is added to the configs is compared unless it is declared free."""
+    config = digits.get_config()
+    settle(config, tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    free = {"mode", *(field.replace("__", ".") for field in _FREE_CHANGES)}
+
+    def fields(tree, prefix=""):
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                yield from fields(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key
+
+    def altered(tree, parts):
+        inner = altered(tree[parts[0]], parts[1:]) if len(parts) > 1 else "altered"
+        return {**tree, parts[0]: inner}
+
+    for field in fields(written):
+        (tmp_path / "config.json").write_text(json.dumps(altered(written, field.split("."))))
+        if field in free:
+            settle(config, tmp_path)
+        else:
+            with pytest.raises(ConfigError, match=rf"config\.{field} \(altered before"):
+                settle(config, tmp_path)
+
+
+def test_several_changes_and_fields_that_one_lacks_are_named(tmp_path):
+    settle(_config(), tmp_path)
+    path = tmp_path / "config.json"
+    written = json.loads(path.read_text())
+    del written["optimizer"]["b2"]
+    written["optimizer"]["momentum"] = 0.5
+    path.write_text(json.dumps(written))
+    with pytest.raises(ConfigError) as refused:
+        settle(_config(seed=3), tmp_path)
+    assert (
+        "config.optimizer.b2 (nothing before, 0.999 now), "
+        "config.optimizer.momentum (0.5 before, nothing now), "
+        "config.seed (0 before, 3 now); use another workdir"
+    ) in str(refused.value)
+
+
+@pytest.mark.parametrize("content", ["", '{"seed": 0', "[1, 2]", "null", "7"])
+def test_a_damaged_config_is_named(tmp_path, content):
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(ConfigError) as refused:
+        settle(_config(), tmp_path)
+    assert str(refused.value).startswith(f"{path} is damaged (")
+    assert "use another workdir" in str(refused.value)
+    assert path.read_text() == content
+
+
+def _attribute_error(action):
+    with pytest.raises((AttributeError, KeyError)) as raised:
+        action(digits.get_config())
+    return AttributeError(*raised.value.args)
+
+
+@pytest.mark.parametrize(
+    ("action", "argv", "sentence"),
+    [
+        (
+            lambda config: config.optimizer.learning_rat,
+            ["main", "--config.optimizer.learning_rat=1"],
+            "There is no field config.optimizer.learning_rat: did you mean 'learning_rate'? "
+            "configs/common.py lists all of them.",
+        ),
+        (
+            lambda config: setattr(config, "sed", 1),
+            ["main"],
+            "There is no field sed: did you mean 'seed'? configs/common.py lists all of them.",
+        ),
+        (
+            lambda config: config.zzzzzz,
+            ["main"],
+            "There is no field zzzzzz: configs/common.py lists all of them.",
+        ),
+    ],
+    ids=["flag", "file", "nothing near"],
+)
+def test_unknown_field(action, argv, sentence):
+    assert unknown_field(_attribute_error(action), argv) == sentence
+
+
+def test_unknown_field_passes_another_error_on():
+    told = unknown_field(AttributeError("no such thing"), ["main"])
+    assert told == "The config can't be read: no such thing."

@@ -1,0 +1,84 @@
+"""Counts of multiply-adds and activations, against the published ones and by hand."""
+
+import pytest
+
+import vvt_jax
+from vvt_jax import costs, forms
+
+_GIGA = 1e9
+
+
+def _published(model, size):
+    return sum(layer.published for layer in costs.count(model, size, size))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "expected"),
+    [
+        ("vvt_tiny", 224, 2.985),
+        pytest.param("vvt_tiny", 384, 8.77, marks=pytest.mark.slow),
+        pytest.param("vvt_tiny", 512, 15.58, marks=pytest.mark.slow),
+        ("vvt_small", 224, 5.586),
+        pytest.param("vvt_small", 384, 16.41, marks=pytest.mark.slow),
+        pytest.param("vvt_small", 512, 29.17, marks=pytest.mark.slow),
+        ("vvt_medium", 224, 9.388),
+        pytest.param("vvt_medium", 384, 27.57, marks=pytest.mark.slow),
+        pytest.param("vvt_medium", 512, 49.01, marks=pytest.mark.slow),
+        ("vvt_large", 224, 10.783),
+        pytest.param("vvt_large", 384, 31.67, marks=pytest.mark.slow),
+        ("vvt_large", 512, 56.29),
+    ],
+)
+def test_published_multiply_adds(name, size, expected):
+    digits = len(str(expected).partition(".")[2])
+    assert round(_published(vvt_jax.create_model(name), size) / _GIGA, digits) == expected
+
+
+@pytest.mark.parametrize(("reduction", "expected"), [(1, 3.847), (4, 2.687), (8, 2.572)])
+def test_published_multiply_adds_under_feature_reduction(reduction, expected):
+    model = vvt_jax.create_model("vvt_tiny", feature_reduction=(reduction,) * 4)
+    assert round(_published(model, 224) / _GIGA, 3) == expected
+
+
+def test_published_multiply_adds_of_the_softmax_ablation():
+    model = vvt_jax.create_model("vvt_tiny", attention="softmax")
+    assert round(_published(model, 224) / _GIGA, 3) == 7.356
+
+
+@pytest.mark.parametrize("layout", [{"unroll": False}, {"remat": True}, {"dtype": "bfloat16"}])
+def test_layouts_cost_the_same(layout):
+    model = vvt_jax.create_model("vvt_tiny")
+    assert costs.count(model.clone(**layout), 64, 96) == costs.count(model, 64, 96)
+
+
+def test_forms_differ_in_what_is_done_alone():
+    model = vvt_jax.create_model("vvt_nano")
+    with forms.use(attention="concatenated"):
+        concatenated = costs.count(model, 64, 96)
+    with forms.use(attention="separable"):
+        separable = costs.count(model, 64, 96)
+    assert [x.published for x in concatenated] == [x.published for x in separable]
+    for one, other in zip(concatenated, separable, strict=True):
+        if one.path.endswith("/attention"):
+            assert other.actual < one.actual
+        else:
+            assert other.actual == one.actual == one.published
+
+
+def test_a_small_model_by_hand():
+    model = vvt_jax.create_model("vvt_nano", num_classes=10)
+    layers = {layer.path: layer for layer in costs.count(model, 32, 64)}
+    tokens, width = 8 * 16, 32  # of the first stage
+    assert layers["stage1/patch_embed/conv"].published == tokens * width * 3 * 49
+    assert layers["stage1/patch_embed/conv"].activations == tokens * width
+    assert layers["stage1/blocks/attention/query"].published == tokens * width * 16
+    assert layers["stage1/blocks/attention/query"].activations == tokens * 16
+    assert layers["stage1/blocks/attention"].published == 2 * tokens * (4 * 16) * 16
+    assert layers["stage1/blocks/attention"].activations == 0
+    assert layers["stage1/blocks/attention/gate_reduce"].published == width * width
+    assert layers["stage1/blocks/feed_forward/fc1"].published == tokens * width * 128
+    assert layers["stage1/blocks/feed_forward/depthwise"].published == tokens * 128 * 9
+    assert layers["stage1/blocks/feed_forward/depthwise"].activations == tokens * 128
+    assert layers["head"].published == 64 * 10
+    assert next(iter(layers)) == "stage1/patch_embed/conv"
+    assert list(layers)[-1] == "head"

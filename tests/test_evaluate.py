@@ -1,0 +1,109 @@
+"""Evaluation against plain numpy: every example once, padding never."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vvt_jax.data.loader import eval_batches
+from vvt_jax.data.sources import open_source
+from vvt_jax.evaluate import evaluate, make_eval_step
+
+_RECORD = {"mean": [0.0, 0.0, 0.0], "std": [1 / 255, 1 / 255, 1 / 255]}  # leaves 0..255 alone
+_PADDING = 255  # the pixel that stands for it
+
+
+class Table(nn.Module):
+    """Logits by the value of an image's first pixel: `[256, classes]` of them are its weights."""
+
+    classes: int
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        table = self.param("table", nn.initializers.zeros, (256, self.classes))
+        return table[jnp.round(images[:, 0, 0, 0]).astype(int)]
+
+
+@functools.cache
+def _eval_step(classes):
+    return jax.jit(make_eval_step(Table(classes), _RECORD))
+
+
+def _batches(labels, batch_size):
+    for start in range(0, len(labels), batch_size):
+        pixels = np.full(batch_size, _PADDING, np.uint8)
+        part = labels[start : start + batch_size]
+        pixels[: len(part)] = np.arange(start, start + len(part))
+        yield {
+            "image": jnp.asarray(
+                np.broadcast_to(pixels[:, None, None, None], (batch_size, 1, 1, 3))
+            ),
+            "label": jnp.asarray(np.pad(part, (0, batch_size - len(part))), jnp.int32),
+            "mask": jnp.arange(batch_size) < len(part),
+        }
+
+
+def _expected(logits, labels):
+    ranks = (logits > logits[np.arange(len(labels)), labels][:, None]).sum(-1)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return {
+        "loss": -log_p[np.arange(len(labels)), labels].mean(),
+        "top1": (ranks < 1).mean(),
+        "top5": (ranks < 5).mean(),
+        "examples": len(labels),
+    }
+
+
+@settings(deadline=None, max_examples=15, derandomize=True)
+@given(
+    count=st.integers(1, 40),
+    batch_size=st.sampled_from([1, 10, 64]),
+    classes=st.sampled_from([1, 3, 8]),
+    seed=st.integers(0, 99),
+)
+def test_equals_numpy_and_ignores_padding(count, batch_size, classes, seed):
+    rng = np.random.default_rng(seed)
+    table = rng.normal(size=(256, classes))
+    table[_PADDING] = 1e30 * (np.arange(classes) == 0)  # sure of the label that padding has
+    labels = rng.integers(classes, size=count)
+    variables = {"params": {"table": jnp.asarray(table, jnp.float32)}}
+    got = evaluate(_eval_step(classes), variables, _batches(labels, batch_size))
+    expected = _expected(table[:count], labels)
+    assert set(got) == set(expected)
+    for name in expected:
+        np.testing.assert_allclose(got[name], expected[name], rtol=1e-5, atol=1e-7, err_msg=name)
+    if classes < 5:
+        assert got["top5"] == 1
+
+
+def test_padding_that_is_not_a_number_does_not_count():
+    table = np.random.default_rng(0).normal(size=(256, 6))
+    table[_PADDING] = np.nan
+    labels = np.arange(5)
+    variables = {"params": {"table": jnp.asarray(table, jnp.float32)}}
+    got = evaluate(_eval_step(6), variables, _batches(labels, 4))
+    np.testing.assert_allclose(got["loss"], _expected(table[:5], labels)["loss"], rtol=1e-5)
+    assert got["examples"] == 5
+
+
+@pytest.mark.parametrize("batch_size", [25, 48])
+def test_counts_the_examples_of_a_source_once(batch_size):
+    source = open_source("digits", "validation")
+    record = {"size": [8, 8], "crop_fraction": 1.0, "interpolation": "nearest", **_RECORD}
+    table = np.eye(10, dtype=np.float32)[np.zeros(256, int)]  # always says 0
+    batches = list(eval_batches(source, record=record, batch_size=batch_size))
+    step = jax.jit(make_eval_step(Table(10), record))
+    got = evaluate(step, {"params": {"table": jnp.asarray(table)}}, batches)
+    labels = [source.examples[i]["label"] for i in range(len(source.examples))]
+    assert got["examples"] == 144
+    np.testing.assert_allclose(got["top1"], np.mean(np.equal(labels, 0)), rtol=1e-6)
+
+
+def test_nothing_to_evaluate():
+    with pytest.raises(ValueError, match="nothing to evaluate"):
+        evaluate(_eval_step(3), {}, [])

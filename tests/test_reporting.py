@@ -1,0 +1,132 @@
+"""What is written while a run goes on, and what is left of it when one is resumed."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from vvt_jax.reporting import Reporter, describe
+
+_TRAINING = {"train/loss": 0.5, "train/learning_rate": 1e-3, "train/images_per_second": 9.0}
+_EVALUATION = {"eval/loss": 0.1034, "eval/top1": 35 / 36, "eval/top5": 1.0, "eval/examples": 144}
+
+
+def _lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def _report(workdir, *steps, start_step=0):
+    with Reporter(workdir, start_step=start_step, total_steps=10) as reporter:
+        for step in steps:
+            reporter.write(step, {"train/loss": step / 8, **_TRAINING})
+
+
+def test_one_object_a_line_in_order(tmp_path):
+    with Reporter(tmp_path, start_step=0, total_steps=4) as reporter:
+        reporter.write(2, _TRAINING)
+        reporter.write(3, {})
+        reporter.write(4, {**_TRAINING, **_EVALUATION})
+        # on disk already
+        assert _lines(tmp_path) == [
+            {"step": 2, **_TRAINING},
+            {"step": 4, **_TRAINING, **_EVALUATION},
+        ]
+        assert reporter.last_line() == {**_TRAINING, **_EVALUATION}
+
+
+def test_last_line_of_a_new_run_is_empty(tmp_path):
+    with Reporter(tmp_path, start_step=0, total_steps=4) as reporter:
+        assert reporter.last_line() == {}
+
+
+@pytest.mark.parametrize(("start_step", "kept"), [(0, []), (3, [2]), (4, [2, 4]), (9, [2, 4, 6])])
+def test_lines_after_the_resumed_step_are_cut(tmp_path, start_step, kept):
+    _report(tmp_path, 2, 4, 6)
+    before = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    _report(tmp_path, start_step=start_step)
+    assert (tmp_path / "metrics.jsonl").read_text() == "".join(before[: len(kept)])
+    _report(tmp_path, 10, start_step=start_step)
+    assert [line["step"] for line in _lines(tmp_path)] == [*kept, 10]
+
+
+@pytest.mark.parametrize("torn", ['{"step": 6, "train/lo', "{", '{"step": 6', "\0\0\0\0"])
+def test_a_torn_last_line_is_dropped(tmp_path, torn):
+    _report(tmp_path, 2, 4)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(torn)
+    _report(tmp_path, 8, start_step=6)
+    assert [line["step"] for line in _lines(tmp_path)] == [2, 4, 8]
+
+
+def test_a_whole_last_line_without_its_end_is_kept(tmp_path):
+    _report(tmp_path, 2, 4)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text().rstrip("\n"))
+    _report(tmp_path, 8, start_step=6)
+    assert [line["step"] for line in _lines(tmp_path)] == [2, 4, 8]
+
+
+def test_progress_and_evaluations_are_shown(tmp_path, capsys):
+    with Reporter(tmp_path, start_step=3, total_steps=10) as reporter:
+        reporter.advance()
+        reporter.say("Resumed.")
+        reporter.write(4, {**_TRAINING, **_EVALUATION})
+    out, err = capsys.readouterr()
+    assert "Resumed.\n" in out
+    assert "step 4: eval top-1 97.22 %, top-5 100.00 %, loss 0.1034 (144 images)\n" in out
+    assert "4/10" in err
+    assert "loss 0.500, lr 1.00e-03, 9 images/s" in err
+
+
+def test_describe():
+    metrics = {f"test_{name}": value for name, value in _EVALUATION.items()}
+    assert describe("test_eval", metrics) == (
+        "test_eval top-1 97.22 %, top-5 100.00 %, loss 0.1034 (144 images)"
+    )
+
+
+def _tensorboard(workdir):
+    """(tag, step, value) of every scalar in the event files."""
+    from tensorboardX.proto import event_pb2
+
+    found = []
+    for path in sorted(workdir.glob("events.out.tfevents*")):
+        content = path.read_bytes()
+        while content:  # length, its checksum, record, its checksum
+            length = int.from_bytes(content[:8], "little")
+            event = event_pb2.Event.FromString(content[12 : 12 + length])
+            content = content[12 + length + 4 :]
+            found += [(v.tag, event.step, v.simple_value) for v in event.summary.value]
+    return found
+
+
+def test_tensorboard_has_the_same_numbers(tmp_path):
+    pytest.importorskip("tensorboardX")
+    with Reporter(tmp_path, start_step=0, total_steps=10) as reporter:
+        reporter.write(2, _TRAINING)
+        reporter.write(4, {**_TRAINING, **_EVALUATION})
+    expected = [(name, 2, value) for name, value in _TRAINING.items()]
+    expected += [(name, 4, value) for name, value in {**_TRAINING, **_EVALUATION}.items()]
+    found = _tensorboard(tmp_path)
+    assert [(tag, step, pytest.approx(value)) for tag, step, value in found] == expected
+
+
+def test_works_without_tensorboard(tmp_path):
+    code = """
+        import sys
+        from pathlib import Path
+        sys.modules["tensorboardX"] = None  # import finds nothing
+        from vvt_jax.reporting import Reporter
+        with Reporter(Path(sys.argv[1]), start_step=0, total_steps=1) as reporter:
+            reporter.write(1, {"loss": 1.0})
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(code), str(tmp_path)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert _lines(tmp_path) == [{"step": 1, "loss": 1.0}]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]

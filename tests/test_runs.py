@@ -1,0 +1,250 @@
+"""Whole runs as a user starts them: real processes, killed, interrupted and resumed."""
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+STEPS = 12
+SHORT = f"--config.total_steps={STEPS}"
+
+
+def saved_state(workdir: Path, step: int = STEPS):
+    # As plain arrays: the test's own devices may be others than the run's.
+    handler = ocp.PyTreeCheckpointHandler()
+    with ocp.Checkpointer(handler) as checkpointer:
+        path = (workdir / "checkpoints" / str(step) / "state").absolute()
+        tree = checkpointer.metadata(path).item_metadata.tree
+        restore = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=restore))
+
+
+def assert_same_run(one: Path, other: Path, read_metrics) -> None:
+    assert read_metrics(one) == read_metrics(other)
+    jax.tree.map(np.testing.assert_array_equal, saved_state(one), saved_state(other))
+    for name in ("config.json", "model/config.json", "model/model.safetensors"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+
+
+def wait_for_step(process: subprocess.Popen, workdir: Path, step: int) -> None:
+    """Returns once the run has reported that step, or a later one."""
+    metrics = workdir / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        if metrics.exists() and f'"step": {step}' in metrics.read_text():
+            return
+        time.sleep(0.01)
+    raise TimeoutError(f"step {step} was never reported")
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, run):
+    """A run that nothing disturbs."""
+    workdir = tmp_path_factory.mktemp("straight")
+    done = run(workdir, SHORT)
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+def test_metrics_have_every_step_once(straight, read_metrics):
+    lines = read_metrics(straight)
+    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
+    assert all("train/loss" in line for line in lines)
+    assert [line["step"] for line in lines if "eval/top1" in line] == [4, 8, 12]
+    assert [line["step"] for line in lines if "test/top1" in line] == [12]
+    assert lines[-1]["eval/examples"] == 144
+    assert lines[-1]["test/examples"] == 360
+
+
+def test_a_run_leaves_what_it_promises(straight):
+    names = {path.name for path in straight.iterdir()}
+    assert {"config.json", "checkpoints", "metrics.jsonl", "model"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+
+
+def test_a_finished_run_does_nothing_more(run, straight, read_metrics):
+    before = read_metrics(straight)
+    done = run(straight, SHORT)
+    assert done.returncode == 0
+    assert f"Resumed at step {STEPS} of {STEPS}" in done.stdout
+    assert read_metrics(straight) == before
+
+
+def test_killed_and_resumed_equals_straight(run, straight, tmp_path, read_metrics):
+    for step in (2, 6, 10):  # before the first checkpoint, and between others
+        process = run.start(tmp_path, SHORT)
+        wait_for_step(process, tmp_path, step)
+        process.kill()
+        process.communicate()
+    assert run(tmp_path, SHORT).returncode == 0
+    assert_same_run(straight, tmp_path, read_metrics)
+
+
+@pytest.mark.parametrize(
+    ("signum", "status"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
+def test_interrupted_and_resumed_equals_straight(
+    run, straight, tmp_path, read_metrics, signum, status
+):
+    process = run.start(tmp_path, SHORT)
+    wait_for_step(process, tmp_path, 4)
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert f"{signum.name}: saved at step" in err
+    assert "Traceback" not in err
+    assert run(tmp_path, SHORT).returncode == 0
+    assert_same_run(straight, tmp_path, read_metrics)
+
+
+@pytest.mark.slow
+def test_a_signal_after_the_last_step_is_not_swallowed(run, tmp_path):
+    process = run.start(tmp_path, SHORT)
+    wait_for_step(process, tmp_path, STEPS)  # the last checkpoint is still to be written
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in (143, -signal.SIGTERM)
+    assert "Traceback" not in err
+    assert "Resumed at step" in run(tmp_path, SHORT).stdout
+
+
+@pytest.mark.slow
+def test_worker_processes_change_nothing(run, straight, tmp_path, read_metrics):
+    assert run(tmp_path, SHORT, "--config.data.workers=2").returncode == 0
+    assert read_metrics(tmp_path) == read_metrics(straight)
+    jax.tree.map(np.testing.assert_array_equal, saved_state(straight), saved_state(tmp_path))
+
+
+@pytest.mark.slow
+def test_workers_and_cadences_may_change_on_resume(run, tmp_path, straight, read_metrics):
+    process = run.start(tmp_path, SHORT)
+    wait_for_step(process, tmp_path, 6)
+    process.kill()
+    process.communicate()
+    changed = ("--config.data.workers=1", "--config.log_every_steps=1", "--config.mesh.data=1")
+    assert run(tmp_path, SHORT, *changed).returncode == 0
+    jax.tree.map(np.testing.assert_array_equal, saved_state(straight), saved_state(tmp_path))
+    steps = [line["step"] for line in read_metrics(tmp_path)]
+    assert steps == sorted(set(steps))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mesh",
+    [{"data": 8}, {"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "spatial": 2}],
+    ids=str,
+)
+def test_eight_devices_equal_one(run, straight, tmp_path, read_metrics, mesh):
+    flags = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
+    done = run(tmp_path, SHORT, *flags, devices=8)
+    assert done.returncode == 0, done.stderr
+    for one, eight in zip(read_metrics(straight), read_metrics(tmp_path), strict=True):
+        np.testing.assert_allclose(eight["train/loss"], one["train/loss"], rtol=2e-3)
+    first = read_metrics(tmp_path)[0]["train/loss"], read_metrics(straight)[0]["train/loss"]
+    np.testing.assert_allclose(*first, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_resumes_on_another_mesh(run, tmp_path):
+    process = run.start(tmp_path, SHORT)
+    wait_for_step(process, tmp_path, 4)
+    process.terminate()
+    process.communicate()
+    done = run(tmp_path, SHORT, "--config.mesh.fsdp=2", devices=2)
+    assert done.returncode == 0, done.stderr
+    assert "Resumed at step" in done.stdout
+
+
+def test_mode_eval_prints_and_changes_nothing(run, straight, read_metrics):
+    before = read_metrics(straight)
+    done = run(straight, SHORT, "--config.mode=eval")
+    assert done.returncode == 0, done.stderr
+    for part, examples in (("eval", 144), ("test", 360)):
+        line = next(text for text in done.stdout.splitlines() if f" {part} " in text)
+        assert line.startswith(f"step {STEPS}: {part} top-1 ")
+        assert line.endswith(f"({examples} images)")
+        assert f"{100 * before[-1][f'{part}/top1']:.2f} %" in line
+    assert read_metrics(straight) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--config.optimizer.learning_rat=1"],
+            "There is no field config.optimizer.learning_rat: did you mean 'learning_rate'?",
+        ),
+        (["--config.nothing=1"], "There is no field config.nothing"),
+        (["--config.batch_size=0"], "config.batch_size=0 can't be run: it has to be positive."),
+        (["--config.mode=test"], "config.mode='test' can't be run: it is 'train' or 'eval'."),
+        (["--config.model.name=vvt_tinny"], "did you mean 'vvt_tiny'?"),
+        (["--config.model.locality=2d"], "config.model: Unknown locality '2d'"),
+        (["--config.model.num_classes=5"], "config.model.num_classes=5 is too small"),
+        (["--config.model.embed_dims=(33,48,64,64)"], "stage 1's 33 channels do not divide by 2"),
+        (["--config.augment.crop=middle"], "config.augment: Unknown crop 'middle'"),
+        (["--config.data.source=imagenet"], "Unknown data source 'imagenet'"),
+        (["--config.data.source=tfds:imagenet2012"], "python -m vvt_jax.prepare imagenet2012"),
+        (["--config.data.test_split=tset"], "'digits' has no split 'tset'"),
+        (["--config.data.train_split="], "config.data.train_split is empty"),
+        (["--config.data.size=(16,32)"], "config.data.size: images must be"),
+        (["--config.data.interpolation=cubic"], "config.data: Unknown interpolation 'cubic'"),
+        (["--config.mesh.data=3"], "config.mesh (data=3, fsdp=1, spatial=1)"),
+        (["leftover"], "Not a flag: leftover"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+@pytest.mark.slow
+def test_bad_input_gets_one_sentence(run, tmp_path, flags, message):
+    started = time.monotonic()
+    done = run(tmp_path / "never", SHORT, *flags)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message in last
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "never").exists()
+    assert time.monotonic() - started < 60  # at once, not after network retries
+
+
+@pytest.mark.parametrize("flags", [[], ["--config.seed=1"]], ids=["", "override"])
+def test_a_missing_config_file_is_named(run, tmp_path, flags):
+    done = run(tmp_path, *flags, config="configs/nothing.py")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: The config file can't be read: ")
+    assert "No such file or directory: 'configs/nothing.py'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_unknown_field_in_a_config_file_is_named(run, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from configs import digits\n"
+        "def get_config(_=''):\n"
+        "    config = digits.get_config()\n"
+        "    config.optimizer.lerning_rate = 0.1\n"
+        "    return config\n"
+    )
+    done = run(tmp_path / "run", config=str(file))
+    assert done.returncode == 1
+    assert "There is no field lerning_rate: did you mean 'learning_rate'?" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_another_config_in_the_same_workdir_is_refused(run, straight):
+    done = run(straight, SHORT, "--config.seed=1", "--config.optimizer.b1=0.8")
+    assert done.returncode == 1
+    assert "config.optimizer.b1 (0.9 before, 0.8 now), config.seed (0 before, 1 now)" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_says_what_there_is(run, tmp_path):
+    done = run(tmp_path, "--help")
+    assert "--config" in done.stdout
+    assert "--workdir" in done.stdout

@@ -1,0 +1,54 @@
+"""Vicinity Vision Transformer in JAX: a backbone whose attention is linear and local in 2D.
+
+Everything public hangs off this package and is imported on first use, so that `import vvt_jax`
+costs nothing and `python -m vvt_jax.convert` runs the module once.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "create_model": "vvt_jax.models",
+    "list_models": "vvt_jax.models",
+    "load_pretrained": "vvt_jax.pretrained",
+    "save_pretrained": "vvt_jax.pretrained",
+    "preprocess": "vvt_jax.data.preprocess",
+    "train_and_evaluate": "vvt_jax.train",
+}
+_SUBMODULES = ("attention", "convert", "data", "models", "pretrained", "train")
+
+if TYPE_CHECKING:  # what the lazy lookup below resolves to
+    from vvt_jax import attention, convert, data, models, pretrained, train
+    from vvt_jax.data.preprocess import preprocess
+    from vvt_jax.models import create_model, list_models
+    from vvt_jax.pretrained import load_pretrained, save_pretrained
+    from vvt_jax.train import train_and_evaluate
+
+__all__ = [
+    "attention",
+    "convert",
+    "create_model",
+    "data",
+    "list_models",
+    "load_pretrained",
+    "models",
+    "preprocess",
+    "pretrained",
+    "save_pretrained",
+    "train",
+    "train_and_evaluate",
+]
+
+
+def __getattr__(name: str):
+    if name in _SUBMODULES:
+        return importlib.import_module(f"vvt_jax.{name}")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'vvt_jax' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,131 @@
+"""What a model costs, counted from its program: multiply-adds and activations by layer."""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from vvt_jax import forms
+from vvt_jax.attention import feature_count
+from vvt_jax.models import VVT
+from vvt_jax.weights import variable_shapes
+
+# The products of two activations; those with parameters have a layer's name behind it.
+_ATTENTION = re.compile(r"stage(\d)/blocks/attention")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCost:
+    """The forward cost of one layer on one image; a stage's blocks are counted together.
+
+    Attributes:
+        path: the layer's modules, e.g. `stage1/blocks/attention/query`.
+        published: multiply-adds in the published convention: convolutions, linear layers and the
+            attention's two products in the concatenated form, without its denominator.
+        actual: multiply-adds of all convolutions and matrix products of the form in force here.
+        activations: elements of the outputs of convolutions and linear layers (timm's convention).
+    """
+
+    path: str
+    published: int
+    actual: int
+    activations: int
+
+
+def parameter_count(model: VVT) -> int:
+    """How many numbers a model's parameters are."""
+    shapes = variable_shapes(model)
+    return sum(math.prod(s) for path, s in shapes.items() if path.startswith("params/"))
+
+
+def count(model: VVT, height: int, width: int) -> list[LayerCost]:
+    """The cost of each layer on one image of that size in pixels, in the order of the forward pass.
+
+    Nothing is computed: the model is only traced.
+    """
+    model = model.clone(unroll=False)  # a shorter program of the same operations
+    images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    features = functools.partial(model.apply, method="features")
+    maps = jax.eval_shape(features, variables, images)
+    with forms.use(depthwise="grouped"):  # its forms differ in speed, not in multiply-adds
+        program = jax.make_jaxpr(model.apply)(variables, images)
+    published: dict[str, int] = {}
+    actual: dict[str, int] = {}
+    activations: dict[str, int] = {}
+    for product in _walk(program.jaxpr, "", 1):
+        path = product.path
+        if path not in published:  # dicts keep the order of the forward pass
+            published[path] = _attention_products(model, maps, path)
+        actual[path] = actual.get(path, 0) + product.multiply_adds
+        if not _ATTENTION.fullmatch(path):
+            published[path] += product.multiply_adds
+            activations[path] = activations.get(path, 0) + product.outputs
+    return [
+        LayerCost(path, published[path], actual[path], activations.get(path, 0))
+        for path in published
+    ]
+
+
+def _attention_products(model: VVT, maps: Any, path: str) -> int:
+    """Multiply-adds of φ(K)ᵀV and φ(Q)·KV, or of softmax(QKᵀ)V, in all blocks of a stage."""
+    if not (found := _ATTENTION.fullmatch(path)):
+        return 0
+    stage = int(found[1]) - 1
+    _, height, width, channels = maps[stage].shape
+    tokens = height * width
+    if model.attention == "softmax":
+        each = 2 * tokens * tokens * channels
+    else:
+        reduced = channels // model.feature_reduction[stage]
+        features = feature_count(model.locality) * reduced // model.num_heads[stage]
+        each = 2 * tokens * features * reduced
+    return model.depths[stage] * each
+
+
+@dataclasses.dataclass(frozen=True)
+class _Product:
+    path: str
+    multiply_adds: int
+    outputs: int
+
+
+def _walk(jaxpr: core.Jaxpr, prefix: str, times: int) -> Iterator[_Product]:
+    for equation in jaxpr.eqns:
+        path = f"{prefix}/{equation.source_info.name_stack}"
+        kind = equation.primitive.name
+        if kind == "conv_general_dilated":
+            yield _convolution(equation, _layer(path), times)
+        elif kind == "dot_general":
+            yield _matrix_product(equation, _layer(path), times)
+        else:
+            inner = times * (equation.params["length"] if kind == "scan" else 1)
+            for sub in core.jaxprs_in_params(equation.params):
+                yield from _walk(sub, path, inner)
+
+
+def _convolution(equation: Any, path: str, times: int) -> _Product:
+    kernel = equation.invars[1].aval.shape
+    spec = equation.params["dimension_numbers"].rhs_spec  # outputs, inputs, height, width
+    outputs = times * equation.outvars[0].aval.size
+    each = math.prod(kernel[axis] for axis in spec[1:])
+    return _Product(path, each * outputs, outputs)
+
+
+def _matrix_product(equation: Any, path: str, times: int) -> _Product:
+    left = equation.invars[0].aval
+    (summed, _), _ = equation.params["dimension_numbers"]
+    outputs = times * equation.outvars[0].aval.size
+    each = math.prod(left.shape[axis] for axis in summed)
+    return _Product(path, each * outputs, outputs)
+
+
+def _layer(path: str) -> str:
+    """`/VVT/VVT.features/stage1/blocks/attention/btnf,btne->bnfe` -> `stage1/blocks/attention`."""
+    return "/".join(part for part in path.split("/") if re.fullmatch(r"[a-z]\w*", part))

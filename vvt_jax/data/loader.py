@@ -1,0 +1,199 @@
+"""The grain pipeline: batches of uint8 images, which the device normalises.
+
+The stream of batches is a function of the source, the settings and the seed alone. It is the same
+for any number of threads and worker processes, so a run resumes exactly from its step count.
+
+Both generators hold threads, and worker processes if asked for, from their first batch until they
+are exhausted, closed or collected:
+
+    with contextlib.closing(train_batches(...)) as batches:
+        ...
+
+A script that uses workers needs `if __name__ == "__main__":`, since each worker imports it anew.
+Workers hand over batches in shared memory: a container needs more of it (`/dev/shm`) than the
+64 MB that Docker gives by default.
+"""
+
+import contextlib
+import functools
+import gc
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Generator, Mapping
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from vvt_jax.data import augment as augment_lib
+from vvt_jax.data import preprocess
+from vvt_jax.data.sources import DataError, Source
+
+Batch = dict[str, np.ndarray]
+
+
+def train_batches(
+    source: Source,
+    *,
+    record: Mapping[str, Any],
+    augment: Mapping[str, Any],
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    workers: int = 0,
+    threads: int = 4,
+) -> Generator[Batch, None, None]:
+    """Endless batches, reshuffled every epoch; a batch may reach from one epoch into the next.
+
+    Batch `i`, counted from 0, depends on the source, the settings, `seed` and `i` only.
+
+    Args:
+        source: the examples.
+        record: the preprocessing record.
+        augment: the settings of `augment.train_image`.
+        batch_size: examples in a batch.
+        seed: 0 or more; fixes the order and every image's augmentation.
+        start_step: the first batch to give, to resume a run.
+        workers: worker processes; 0 works in this process.
+        threads: threads that prepare batches, in each worker; 0 works when a batch is asked for.
+
+    Returns:
+        A generator of `{"image": uint8 [batch, height, width, 3], "label": int32 [batch]}`.
+
+    Raises:
+        DataError: the source is empty.
+        ValueError: a setting is out of range.
+    """
+    _check(source, record, batch_size, workers, threads)
+    augment_lib.check_augment(augment)
+    if start_step < 0:
+        raise ValueError(f"`start_step` must be 0 or more, not {start_step}.")
+    # grain shuffles epoch e by seed + e: without this, seed 1 would repeat seed 0 an epoch later.
+    shuffle_seed, augment_seed = np.random.SeedSequence(seed).generate_state(2)
+    dataset = (
+        grain.MapDataset.source(source.examples)
+        .shuffle(int(shuffle_seed))
+        .repeat()
+        .random_map(
+            functools.partial(_train_example, record=dict(record), augment=dict(augment)),
+            seed=int(augment_seed),
+        )
+        # An endless stream has no remainder, but grain would divide its length as floats, rounding
+        # up beyond the largest length.
+        .batch(batch_size, drop_remainder=True)
+    )
+    return _batches(dataset[start_step:], workers, threads)
+
+
+def eval_batches(
+    source: Source,
+    *,
+    record: Mapping[str, Any],
+    batch_size: int,
+    workers: int = 0,
+    threads: int = 4,
+) -> Generator[Batch, None, None]:
+    """Every example exactly once, in order; the last batch is filled up with black images.
+
+    Args:
+        source: the examples.
+        record: the preprocessing record.
+        batch_size: examples in a batch.
+        workers: worker processes; 0 works in this process.
+        threads: threads that prepare batches, in each worker; 0 works when a batch is asked for.
+
+    Returns:
+        A generator of `{"image": uint8 [batch, height, width, 3], "label": int32 [batch],
+        "mask": bool [batch]}`; `mask` is False where the batch is filled up (label 0).
+
+    Raises:
+        DataError: the source is empty.
+        ValueError: a setting is out of range.
+    """
+    _check(source, record, batch_size, workers, threads)
+    dataset = (
+        grain.MapDataset.source(source.examples)
+        .map(functools.partial(_eval_example, record=dict(record)))
+        .batch(batch_size)
+        .map(functools.partial(_pad, batch_size=batch_size))
+    )
+    return _batches(dataset, workers, threads)
+
+
+def _check(
+    source: Source, record: Mapping[str, Any], batch_size: int, workers: int, threads: int
+) -> None:
+    """Refuses at the call what would otherwise fail at the first batch, or in a worker."""
+    if not len(source.examples):
+        raise DataError(f"The split {source.split!r} of {source.name!r} has no examples.")
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be 1 or more, not {batch_size}.")
+    if workers < 0 or threads < 0:
+        raise ValueError(f"`workers` and `threads` must be 0 or more, not {workers}, {threads}.")
+    preprocess.check_record(record)
+
+
+def _train_example(
+    example: Mapping[str, Any],
+    rng: np.random.Generator,
+    record: Mapping[str, Any],
+    augment: Mapping[str, Any],
+) -> dict[str, Any]:
+    image = augment_lib.train_image(example["image"], rng, record, augment)
+    return {"image": image, "label": np.int32(example["label"])}
+
+
+def _eval_example(example: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+    image = preprocess.eval_image(example["image"], record)
+    return {"image": image, "label": np.int32(example["label"])}
+
+
+def _pad(batch: Mapping[str, np.ndarray], batch_size: int) -> dict[str, np.ndarray]:
+    count = len(batch["label"])
+
+    def fill(array: np.ndarray) -> np.ndarray:
+        return np.pad(array, [(0, batch_size - count)] + [(0, 0)] * (array.ndim - 1))
+
+    return {key: fill(array) for key, array in batch.items()} | {
+        "mask": np.arange(batch_size) < count
+    }
+
+
+def _batches(dataset: grain.MapDataset, workers: int, threads: int) -> Generator[Batch, None, None]:
+    # Each thread prepares a whole batch. grain would keep 500 of them ready if not told otherwise.
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    batches = dataset.to_iter_dataset(options)
+    if workers:
+        # grain hands some absl flags to its workers, and notebooks never parse any.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
+        batches = batches.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2),
+            worker_init_fn=_follow_parent,
+        )
+    with contextlib.closing(iter(batches)) as iterator:
+        yield from iterator
+    if workers:
+        # grain's end leaves its last batches in reference cycles. Their shared memory must be freed
+        # now: at the program's exit it would be reported as leaked.
+        gc.collect()
+
+
+def _follow_parent(worker: int, workers: int) -> None:
+    """Lets a worker process end with its parent and only with it.
+
+    grain's would wait for ever for a parent that was killed, and a terminal sends Ctrl-C to all.
+    """
+    del worker, workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "this runs in a worker process"
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="follow-parent", daemon=True).start()

@@ -1,0 +1,55 @@
+"""Evaluation that counts every example exactly once, whatever the batch size."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from vvt_jax.data.preprocess import normalize
+from vvt_jax.recipe.losses import cross_entropy
+
+Sums = dict[str, jax.Array]
+
+
+def make_eval_step(
+    model: nn.Module, preprocessing: Mapping[str, Any]
+) -> Callable[[Any, Mapping[str, jax.Array]], Sums]:
+    """Sums over a batch of loss, top-1 and top-5 hits and examples, a pure function for `jax.jit`.
+
+    Batches are `image`, uint8 `[batch, height, width, 3]`, `label`, int32 `[batch]`, and `mask`,
+    bool `[batch]`, False for padding. With fewer than five classes, top-5 looks at all of them.
+    """
+
+    def eval_step(variables: Any, batch: Mapping[str, jax.Array]) -> Sums:
+        logits: Any = model.apply(variables, normalize(batch["image"], preprocessing))
+        _, ranked = jax.lax.top_k(logits, min(5, logits.shape[-1]))
+        hits = (ranked == batch["label"][:, None]) & batch["mask"][:, None]
+        losses = jnp.where(batch["mask"], cross_entropy(logits, batch["label"]), 0)
+        return {
+            "loss": losses.sum(),
+            "top1": hits[:, 0].sum(dtype=jnp.int32),
+            "top5": hits.sum(dtype=jnp.int32),
+            "examples": batch["mask"].sum(dtype=jnp.int32),
+        }
+
+    return eval_step
+
+
+def evaluate(
+    eval_step: Callable[[Any, Mapping[str, jax.Array]], Sums],
+    variables: Any,
+    batches: Iterable[Mapping[str, jax.Array]],
+) -> dict[str, float]:
+    """Mean `loss` (nats), `top1` and `top5` (fractions) and the number of `examples`."""
+    total: Sums | None = None
+    for batch in batches:
+        sums = eval_step(variables, batch)
+        total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+    if total is None:
+        raise ValueError("There is nothing to evaluate: no batch came.")
+    host = jax.device_get(total)
+    examples = int(host["examples"])
+    means = {name: float(host[name]) / examples for name in ("loss", "top1", "top5")}
+    return {**means, "examples": examples}

@@ -1,0 +1,5 @@
+"""The models: linen modules that know nothing of training or of files."""
+
+from vvt_jax.models.vvt import VARIANTS, VVT, create_model, list_models, unstack_blocks
+
+__all__ = ["VARIANTS", "VVT", "create_model", "list_models", "unstack_blocks"]

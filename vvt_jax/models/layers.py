@@ -1,0 +1,279 @@
+"""The layers of a Vicinity Vision Transformer, on maps `[batch, height, width, channels]`."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.typing import Dtype
+
+from vvt_jax import attention, forms
+from vvt_jax.depthwise import depthwise_conv
+
+# Published: truncated normal cut at ±2 (absolute, hence a plain normal) with deviation 0.02.
+linear_init = nn.initializers.normal(0.02)
+
+
+def conv_init(key: jax.Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> jax.Array:
+    """Normal with deviation sqrt(2 / fan_out), fan_out = kernel area · outputs / groups.
+
+    For kernels `[kernel_height, kernel_width, inputs / groups, outputs]` that are dense or, with
+    one input a group, depthwise: there the outputs a group are one.
+    """
+    area = shape[0] * shape[1]
+    fan_out = area if shape[2] == 1 else area * shape[3]
+    return nn.initializers.normal(math.sqrt(2 / fan_out))(key, shape, dtype)
+
+
+@jax.custom_vjp
+def gelu(x: jax.Array) -> jax.Array:
+    """x · Φ(x), exact (Hendrycks & Gimpel, arXiv 1606.08415), of any shape.
+
+    Its backward pass keeps x alone: the derivative that JAX makes keeps four arrays, and these maps
+    are the widest of the model.
+    """
+    wide = x.astype(jnp.float32)
+    # erfc, which jax.nn.gelu takes, is slower on a CPU
+    return (wide * (0.5 + 0.5 * jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
+
+
+def _gelu_again(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """GELU and its slope in the backward pass, float32."""
+    wide = x.astype(jnp.float32)
+    # Turned round, lest XLA takes it for the forward pass's and keeps that for all this time.
+    probability = 0.5 - 0.5 * jax.lax.erf(wide * -math.sqrt(0.5))
+    density = jnp.exp(-0.5 * wide * wide) * (1 / math.sqrt(2 * math.pi))
+    return wide * probability, probability + wide * density
+
+
+def _gelu_forward(x):
+    return gelu(x), x
+
+
+def _gelu_backward(x, cotangent):
+    _, slope = _gelu_again(x)
+    return ((slope * cotangent.astype(jnp.float32)).astype(x.dtype),)
+
+
+gelu.defvjp(_gelu_forward, _gelu_backward)
+
+
+@jax.custom_vjp
+def gelu_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`gelu(x) @ kernel`, `[batch, height, width, inputs]` by `[inputs, outputs]`.
+
+    The backward pass makes gelu(x) again instead of keeping it beside x.
+    """
+    return gelu(x) @ kernel
+
+
+def _gelu_matmul_forward(x, kernel):
+    return gelu_matmul(x, kernel), (x, kernel)
+
+
+def _gelu_matmul_backward(inputs, cotangent):
+    x, kernel = inputs
+    hidden, slope = _gelu_again(x)
+    by_kernel = jnp.einsum("bhwi,bhwo->io", hidden.astype(x.dtype), cotangent)
+    by_hidden = jnp.einsum("bhwo,io->bhwi", cotangent, kernel).astype(jnp.float32)
+    return (slope * by_hidden).astype(x.dtype), by_kernel.astype(kernel.dtype)
+
+
+gelu_matmul.defvjp(_gelu_matmul_forward, _gelu_matmul_backward)
+
+
+def drop_path(module: nn.Module, x: jax.Array, rate: jax.Array | None) -> jax.Array:
+    """Drops the whole residual branch of an example with probability `rate` (stochastic depth).
+
+    `rate` is a scalar, or None where nothing is ever dropped; survivors are scaled by 1/(1−rate).
+    Draws from the module's "dropout" stream.
+    """
+    if rate is None:
+        return x
+    keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, (x.shape[0], 1, 1, 1))
+    return jnp.where(keep, x / (1 - rate).astype(x.dtype), 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
+    """Normalises over the last axis (Ba et al., arXiv 1607.06450), in float32.
+
+    `[..., channels]`, `[channels]` twice -> `[..., channels]` in the dtype of x.
+
+    Its backward pass keeps x and two numbers a token; the derivative that JAX makes of flax's keeps
+    four maps.
+    """
+    return _layer_norm_forward(x, scale, bias, epsilon)[0]
+
+
+def _layer_norm_forward(x, scale, bias, epsilon):
+    wide = x.astype(jnp.float32)
+    mean = wide.mean(-1, keepdims=True)
+    variance = jnp.maximum(0.0, (wide * wide).mean(-1, keepdims=True) - mean * mean)
+    inverse = jax.lax.rsqrt(variance + epsilon)
+    out = (wide - mean) * (inverse * scale) + bias
+    return out.astype(x.dtype), (x, scale, mean, inverse)
+
+
+def _layer_norm_backward(epsilon, residuals, cotangent):
+    del epsilon
+    x, scale, mean, inverse = residuals
+    cotangent = cotangent.astype(jnp.float32)
+    normed = (x.astype(jnp.float32) - mean) * inverse
+    tokens = tuple(range(x.ndim - 1))
+    scaled = cotangent * scale
+    along = (scaled * normed).mean(-1, keepdims=True)
+    by_x = inverse * (scaled - scaled.mean(-1, keepdims=True) - normed * along)
+    return by_x.astype(x.dtype), (cotangent * normed).sum(tokens), cotangent.sum(tokens)
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
+class LayerNorm(nn.Module):
+    """`layer_norm` with its parameters."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., channels]` -> the same shape and dtype."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        return layer_norm(x, scale, bias, self.epsilon)
+
+
+class OverlapPatchEmbed(nn.Module):
+    """A strided convolution whose windows overlap, and LayerNorm (epsilon 1e-5)."""
+
+    features: int
+    kernel_size: int
+    stride: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[batch, height, width, inputs]` -> `[batch, ceil(height/stride), …, features]`."""
+        x = nn.Conv(
+            self.features,
+            (self.kernel_size, self.kernel_size),
+            strides=self.stride,
+            padding=self.kernel_size // 2,
+            kernel_init=conv_init,
+            dtype=self.dtype,
+            name="conv",
+        )(x)
+        return LayerNorm(epsilon=1e-5, name="norm")(x)
+
+
+class VicinityAttention(nn.Module):
+    """Vicinity attention on reduced features (FRA), its output gated by its input (FPC).
+
+    Feature Reduction Attention projects to channels / feature_reduction before attending.
+    The Feature Preserving Connection adds to the output o its product with
+    sigmoid(W₂ · ReLU(W₁ · mean over tokens of the input)).
+    """
+
+    num_heads: int
+    feature_reduction: int
+    gate_reduction: int
+    locality: str
+    clamp: bool
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[batch, height, width, channels]` -> the same shape."""
+        channels = x.shape[-1]
+        reduced = channels // self.feature_reduction
+        keep = attention.clamp_magnitude if self.clamp else lambda t: t
+
+        def dense(features, name, use_bias=True):
+            return nn.Dense(
+                features,
+                use_bias=use_bias,
+                kernel_init=linear_init,
+                dtype=self.dtype,
+                name=name,
+            )
+
+        def heads(t):
+            return t.reshape(*t.shape[:-1], self.num_heads, reduced // self.num_heads)
+
+        query, key, value = (heads(dense(reduced, name)(x)) for name in ("query", "key", "value"))
+        out = attention.vicinity_attention(
+            query, key, value, locality=self.locality, clamp=self.clamp
+        )
+        out = keep(dense(channels, "out")(out.reshape(*x.shape[:-1], reduced)))
+
+        pooled = x.mean((1, 2), dtype=jnp.float32).astype(x.dtype)
+        gate = dense(channels // self.gate_reduction, "gate_reduce", use_bias=False)(pooled)
+        gate = dense(channels, "gate_expand", use_bias=False)(nn.relu(gate))
+        return keep(out + out * nn.sigmoid(gate)[:, None, None, :])
+
+
+class SoftmaxAttention(nn.Module):
+    """Full-width softmax attention without query, key and value biases: the published ablation."""
+
+    num_heads: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[batch, height, width, channels]` -> the same shape."""
+        channels = x.shape[-1]
+        heads = (self.num_heads, channels // self.num_heads)
+        query, key, value = (
+            nn.Dense(
+                channels, use_bias=False, kernel_init=linear_init, dtype=self.dtype, name=name
+            )(x).reshape(*x.shape[:-1], *heads)
+            for name in ("query", "key", "value")
+        )
+        out = attention.softmax_attention(query, key, value).reshape(x.shape)
+        return nn.Dense(channels, kernel_init=linear_init, dtype=self.dtype, name="out")(out)
+
+
+class DepthwiseConv(nn.Module):
+    """3×3 depthwise convolution with bias."""
+
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[batch, height, width, channels]` -> the same shape."""
+        kernel = self.param("kernel", conv_init, (3, 3, 1, x.shape[-1]))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        return depthwise_conv(x, kernel.astype(self.dtype)) + bias.astype(self.dtype)
+
+
+class GeluDense(nn.Module):
+    """GELU (exact), then a linear layer."""
+
+    features: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[batch, height, width, inputs]` -> `[batch, height, width, features]`."""
+        kernel = self.param("kernel", linear_init, (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        kernel, bias = kernel.astype(self.dtype), bias.astype(self.dtype)
+        if forms.current().gelu == "recomputed":
+            return gelu_matmul(x, kernel) + bias
+        return gelu(x) @ kernel + bias
+
+
+class ConvFeedForward(nn.Module):
+    """Linear, 3×3 depthwise convolution, GELU, linear."""
+
+    hidden: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[batch, height, width, channels]` -> the same shape."""
+        channels = x.shape[-1]
+        x = nn.Dense(self.hidden, kernel_init=linear_init, dtype=self.dtype, name="fc1")(x)
+        x = DepthwiseConv(dtype=self.dtype, name="depthwise")(x)
+        return GeluDense(channels, dtype=self.dtype, name="fc2")(x)

@@ -1,0 +1,114 @@
+"""The state of a training run, and the step that updates it."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from vvt_jax.data.preprocess import normalize
+from vvt_jax.recipe.losses import cross_entropy
+
+
+@flax.struct.dataclass
+class Totals:
+    """Sums since the last report, kept on the device so that the loop never waits for them."""
+
+    loss: jax.Array
+    grad_norm: jax.Array
+    steps: jax.Array  # how many steps were added up
+    bad_step: jax.Array  # the first step whose loss or gradient was not finite, 0 for none
+
+    @classmethod
+    def zeros(cls) -> "Totals":
+        return cls(jnp.zeros(()), jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a run carries from step to step, and all that a checkpoint holds of it."""
+
+    step: jax.Array  # updates done
+    seed: jax.Array  # what is random in a step follows from seed and step alone
+    params: Any
+    mutable: Any  # the model's other collections, e.g. batch statistics
+    opt_state: optax.OptState
+    ema: Any  # moving average of params, or None
+    totals: Totals
+
+    def variables(self, *, ema: bool = False) -> dict[str, Any]:
+        """What `model.apply` takes, with the averaged weights on request."""
+        return {"params": self.ema if ema else self.params, **self.mutable}
+
+
+def init_state(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    image_shape: tuple[int, int, int, int],
+    seed: jax.typing.ArrayLike,
+    *,
+    ema: bool,
+) -> TrainState:
+    """The state before the first step; images are `[batch, height, width, 3]`."""
+    key = jax.random.fold_in(jax.random.key(seed), 0)
+    mutable = model.init(key, jnp.zeros(image_shape))
+    params = mutable.pop("params")
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        seed=jnp.asarray(seed, jnp.uint32),
+        params=params,
+        mutable=mutable,
+        opt_state=optimizer.init(params),
+        ema=jax.tree.map(jnp.copy, params) if ema else None,
+        totals=Totals.zeros(),
+    )
+
+
+def make_train_step(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    *,
+    preprocessing: Mapping[str, Any],
+    label_smoothing: float,
+    ema_decay: float,
+) -> Callable[[TrainState, Mapping[str, jax.Array]], TrainState]:
+    """The update by one batch, a pure function for `jax.jit`.
+
+    Batches are `image`, uint8 `[batch, height, width, 3]`, and `label`, int32 `[batch]`.
+    """
+
+    def train_step(state: TrainState, batch: Mapping[str, jax.Array]) -> TrainState:
+        step = state.step + 1
+        dropout = jax.random.fold_in(jax.random.key(state.seed), step)
+        images = normalize(batch["image"], preprocessing)
+
+        def loss_of(params):
+            logits, mutable = model.apply(
+                {"params": params, **state.mutable},
+                images,
+                train=True,
+                rngs={"dropout": dropout},
+                mutable=list(state.mutable),
+            )
+            return cross_entropy(logits, batch["label"], label_smoothing).mean(), mutable
+
+        (loss, mutable), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        grad_norm = optax.tree.norm(gradients)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        totals = Totals(
+            loss=state.totals.loss + loss,
+            grad_norm=state.totals.grad_norm + grad_norm,
+            steps=state.totals.steps + 1,
+            bad_step=jnp.where(finite | (state.totals.bad_step > 0), state.totals.bad_step, step),
+        )
+        ema = state.ema
+        if ema is not None:
+            ema = optax.incremental_update(params, ema, 1 - ema_decay)
+        return TrainState(step, state.seed, params, mutable, opt_state, ema, totals)
+
+    return train_step

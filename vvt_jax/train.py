@@ -1,0 +1,377 @@
+"""A run: from a config to checkpoints, metrics and a model folder."""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from vvt_jax import configuration, forms, parallel
+from vvt_jax.checkpoint import Best, Checkpoints
+from vvt_jax.configuration import ConfigError
+from vvt_jax.data.augment import check_augment
+from vvt_jax.data.loader import eval_batches, train_batches
+from vvt_jax.data.preprocess import check_record
+from vvt_jax.data.sources import Source, open_source
+from vvt_jax.errors import UserError
+from vvt_jax.evaluate import evaluate, make_eval_step
+from vvt_jax.interruption import Interrupted, Interruption
+from vvt_jax.models import VVT, create_model, unstack_blocks
+from vvt_jax.pretrained import save_pretrained
+from vvt_jax.recipe.optimizer import make_optimizer, make_schedule
+from vvt_jax.recipe.step import Totals, TrainState, init_state, make_train_step
+from vvt_jax.reporting import Reporter, describe
+
+
+class NonFiniteLossError(UserError):
+    """A loss or gradient that is not a number, or infinite."""
+
+
+def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
+    """Trains as the config says, or goes on with what the workdir holds, and evaluates.
+
+    The workdir gets `config.json`, `checkpoints/`, `metrics.jsonl`, TensorBoard files and, from the
+    first evaluation on, `model/`: a `save_pretrained` folder of the weights with the highest
+    validation top-1 so far (the averaged ones where `optimizer.ema_decay` is set; the last ones
+    where there is no validation split).
+
+    Args:
+        config: see `configs/common.py`.
+        workdir: the run's folder; given again, the run resumes.
+
+    Returns:
+        The last evaluation's measurements, as in `metrics.jsonl`.
+
+    Raises:
+        UserError: a config, data set, checkpoint or loss that can't be gone on with, in a sentence.
+        Interrupted: SIGTERM or Ctrl-C came; the run was saved.
+    """
+    workdir = Path(workdir)
+    configuration.check_values(config)
+    if config.compilation_cache:
+        cache = Path(config.compilation_cache).expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    sources = _open_sources(config.data)
+    run = _Run(config, sources)
+    configuration.settle(config, workdir)
+    if config.mode == "eval":
+        return _evaluate_only(run, workdir)
+
+    with contextlib.ExitStack() as stack:
+        interruption = stack.enter_context(Interruption())
+        checkpoints = stack.enter_context(
+            Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
+        )
+        if checkpoints.latest_step() is None:
+            state, best = run.init_state(), Best()
+        else:
+            state, best = checkpoints.restore(run.abstract_state)
+        step = int(state.step)
+        reporter = stack.enter_context(
+            Reporter(workdir, start_step=step, total_steps=run.total_steps)
+        )
+        if step:
+            reporter.say(f"Resumed at step {step} of {run.total_steps}.")
+        batches = stack.enter_context(contextlib.closing(run.train_batches(start_step=step)))
+
+        latest = reporter.last_line()
+        unread: Totals | None = None  # of the step before, not waited for yet
+        stopwatch = _Stopwatch()
+        for batch in parallel.to_devices(batches, run.mesh):
+            if step == run.total_steps or interruption.signum:
+                break
+            state = run.train_step(state, batch)
+            step += 1
+            reporter.advance()
+            if unread is not None:  # read while the devices are busy with this step
+                reporter.write(step - 1, run.describe_training(step - 1, unread, stopwatch))
+                unread = None
+
+            log, measure, save = run.due(step)
+            if log:
+                unread, state = state.totals, dataclasses.replace(state, totals=run.no_totals())
+            if not (measure or save):
+                continue
+            _check_finite(state.totals)
+            metrics: dict[str, float] = {}
+            if unread is not None:
+                metrics = run.describe_training(step, unread, stopwatch)
+                unread = None
+            with stopwatch.paused():
+                top1 = None
+                if measure:
+                    metrics |= run.evaluate(state, "validation", "eval")
+                    top1 = metrics.get("eval_ema/top1", metrics.get("eval/top1"))
+                if step == run.total_steps:
+                    metrics |= run.evaluate(state, "test", "test")
+                reporter.write(step, metrics)
+                latest = metrics
+                if top1 is not None and top1 > best.top1:
+                    best, save = Best(step=step, top1=top1), True
+                    run.save_model(workdir / "model", state)
+                elif step == run.total_steps and not best.step:  # there was no validation
+                    run.save_model(workdir / "model", state)
+                if save:
+                    checkpoints.save(step, state, best)
+
+        if interruption.signum:
+            if unread is not None:
+                reporter.write(step, run.describe_training(step, unread, stopwatch))
+            _check_finite(state.totals)
+            checkpoints.save(step, state, best)
+    if interruption.signum:  # also one that came while the last checkpoint was being written
+        raise Interrupted(interruption.signum, step)
+    return latest
+
+
+class _Run:
+    """What follows from the config alone: model, mesh, data streams, compiled steps."""
+
+    def __init__(self, config: ConfigDict, sources: Mapping[str, Source]):
+        self._config, self._sources = config, sources
+        data = config.data
+        self._preprocessing = {
+            "size": list(data.size),
+            "crop_fraction": data.crop_fraction,
+            "interpolation": data.interpolation,
+            "mean": list(data.mean),
+            "std": list(data.std),
+        }
+        with _naming("config.data"):
+            check_record(self._preprocessing)
+        with _naming("config.augment"):
+            check_augment(config.augment)
+        self._model = _make_model(config, sources["train"].num_classes)
+        self.mesh = parallel.make_mesh(
+            config.mesh,
+            config.batch_size,
+            height=data.size[0],
+            stride=math.prod(self._model.patch_strides),
+        )
+
+        steps_per_epoch = len(sources["train"].examples) / config.batch_size
+        epochs_in_steps = round((config.total_epochs or 0) * steps_per_epoch)
+        self.total_steps: int = config.total_steps or max(1, epochs_in_steps)
+        self._schedule = make_schedule(config.optimizer, self.total_steps, steps_per_epoch)
+        optimizer = make_optimizer(config.optimizer, self._schedule)
+
+        self._init = functools.partial(
+            init_state,
+            self._model,
+            optimizer,
+            (1, *data.size, 3),
+            ema=config.optimizer.ema_decay > 0,
+        )
+        with _naming("config.data.size"):
+            shapes = jax.eval_shape(self._init, config.seed)
+        self._shardings = parallel.state_shardings(self.mesh, shapes)
+        self.abstract_state = parallel.abstract(self._shardings, shapes)
+        self._train_step = make_train_step(
+            self._model,
+            optimizer,
+            preprocessing=self._preprocessing,
+            label_smoothing=config.optimizer.label_smoothing,
+            ema_decay=config.optimizer.ema_decay,
+        )
+
+    def init_state(self) -> TrainState:
+        """The state before the first step, laid out on the devices."""
+        options = forms.compiler_options("init")
+        init = jax.jit(self._init, out_shardings=self._shardings, compiler_options=options)
+        return init(self._config.seed)
+
+    def no_totals(self) -> Totals:
+        """Totals that start anew."""
+        return jax.device_put(Totals.zeros(), self._shardings.totals)
+
+    @functools.cached_property
+    def train_step(self) -> Callable[[TrainState, Mapping[str, jax.Array]], TrainState]:
+        """The compiled update; it takes the state's memory over. Any other shape is an error."""
+        return parallel.compile_program(
+            "train",
+            self._train_step,
+            self.abstract_state,
+            self._abstract_batch("image", "label"),
+            donate=(0,),
+            out_shardings=self._shardings,
+        )
+
+    @functools.cached_property
+    def _eval_variables(self) -> Any:
+        """Variables as evaluation takes them: a program that runs often wants blocks apart."""
+        shapes = jax.eval_shape(unstack_blocks, self.abstract_state.variables())
+        return parallel.abstract(parallel.state_shardings(self.mesh, shapes), shapes)
+
+    @functools.cached_property
+    def _unstack(self) -> Callable[[Any], Any]:
+        shardings = jax.tree.map(lambda x: x.sharding, self._eval_variables)
+        return jax.jit(unstack_blocks, out_shardings=shardings)
+
+    @functools.cached_property
+    def _eval_step(self) -> Callable[[Any, Mapping[str, jax.Array]], dict[str, jax.Array]]:
+        return parallel.compile_program(
+            "forward",
+            make_eval_step(self._model, self._preprocessing),
+            self._eval_variables,
+            self._abstract_batch("image", "label", "mask"),
+        )
+
+    def _abstract_batch(self, *names: str) -> dict[str, jax.ShapeDtypeStruct]:
+        batch = self._config.batch_size
+        kinds = {
+            "image": ((batch, *self._config.data.size, 3), np.uint8),
+            "label": ((batch,), np.int32),
+            "mask": ((batch,), np.bool_),
+        }
+        shardings = parallel.batch_shardings(self.mesh, names)
+        return {
+            name: jax.ShapeDtypeStruct(*kinds[name], sharding=shardings[name]) for name in names
+        }
+
+    def train_batches(self, start_step: int) -> Generator[dict[str, np.ndarray], None, None]:
+        """The endless stream of training batches from that step on."""
+        return train_batches(
+            self._sources["train"],
+            record=self._preprocessing,
+            augment=self._config.augment.to_dict(),
+            batch_size=self._config.batch_size,
+            seed=self._config.seed,
+            start_step=start_step,
+            workers=self._config.data.workers,
+            threads=self._config.data.threads,
+        )
+
+    def due(self, step: int) -> tuple[bool, bool, bool]:
+        """Whether to log, to evaluate and to save after that step."""
+        config, last = self._config, step == self.total_steps
+        cadences = (config.log_every_steps, config.eval_every_steps, config.checkpoint_every_steps)
+        log, measure, save = (last or step % every == 0 for every in cadences)
+        return log, measure, save
+
+    def describe_training(
+        self, step: int, totals: Totals, stopwatch: "_Stopwatch"
+    ) -> dict[str, float]:
+        """Means over the steps since the last report; waits for that step's end."""
+        _check_finite(totals)
+        steps = int(totals.steps)
+        return {
+            "train/loss": float(totals.loss) / steps,
+            "train/grad_norm": float(totals.grad_norm) / steps,
+            "train/learning_rate": float(self._schedule(step - 1)),
+            "train/images_per_second": steps * self._config.batch_size / stopwatch.read(),
+        }
+
+    def evaluate(self, state: TrainState, part: str, prefix: str) -> dict[str, float]:
+        """Measurements on a part of the data, none where the config names no split for it."""
+        if part not in self._sources:
+            return {}
+        metrics: dict[str, float] = {}
+        for name in (prefix, f"{prefix}_ema") if state.ema is not None else (prefix,):
+            batches = eval_batches(
+                self._sources[part],
+                record=self._preprocessing,
+                batch_size=self._config.batch_size,
+                workers=self._config.data.workers,
+                threads=self._config.data.threads,
+            )
+            with contextlib.closing(batches):
+                measured = evaluate(
+                    self._eval_step,
+                    self._unstack(state.variables(ema=name.endswith("_ema"))),
+                    parallel.to_devices(batches, self.mesh),
+                )
+            metrics |= {f"{name}/{key}": value for key, value in measured.items()}
+        return metrics
+
+    def save_model(self, folder: Path, state: TrainState) -> None:
+        """Writes the model folder, with the averaged weights where there are some."""
+        card = {
+            "preprocessing": self._preprocessing,
+            "class_names": list(self._sources["train"].class_names),
+        }
+        variables = jax.device_get(state.variables(ema=state.ema is not None))
+        save_pretrained(folder, self._model, variables, card)
+
+
+class _Stopwatch:
+    """Time since the last reading, pauses left out."""
+
+    def __init__(self) -> None:
+        self._since = time.perf_counter()
+
+    def read(self) -> float:
+        """Seconds since the last reading."""
+        since, self._since = self._since, time.perf_counter()
+        return self._since - since
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves out what happens inside, such as evaluation."""
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
+
+
+def _open_sources(data: ConfigDict) -> dict[str, Source]:
+    splits = {
+        "train": data.train_split,
+        "validation": data.validation_split,
+        "test": data.test_split,
+    }
+    sources = {
+        part: open_source(data.source, split, data_dir=data.data_dir)
+        for part, split in splits.items()
+        if split
+    }
+    if "train" not in sources:
+        raise ConfigError("config.data.train_split is empty: training needs a split.")
+    return sources
+
+
+def _make_model(config: ConfigDict, classes: int) -> VVT:
+    fields = {name: value for name, value in config.model.items() if value is not None}
+    with _naming("config.model"):
+        model = create_model(fields.pop("name"), **{"num_classes": classes, **fields})
+    if model.num_classes < classes:
+        raise ConfigError(
+            f"config.model.num_classes={model.num_classes} is too small: "
+            f"{config.data.source} has {classes} classes."
+        )
+    return model
+
+
+@contextlib.contextmanager
+def _naming(fields: str) -> Iterator[None]:
+    """Says which fields of the config a ValueError is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"{fields}: {error}") from error
+
+
+def _check_finite(totals: Totals) -> None:
+    """Waits for the step that the totals are of."""
+    if bad_step := int(totals.bad_step):
+        raise NonFiniteLossError(
+            f"The loss or its gradient is not finite at step {bad_step}: the last checkpoint is "
+            "from before; a lower config.optimizer.learning_rate or clip_norm may help."
+        )
+
+
+def _evaluate_only(run: _Run, workdir: Path) -> dict[str, float]:
+    with Checkpoints(workdir / "checkpoints", keep=None) as checkpoints:
+        if checkpoints.latest_step() is None:
+            raise ConfigError(f"{workdir} has no checkpoint to evaluate: is it the run's folder?")
+        state, _ = checkpoints.restore(run.abstract_state)
+    metrics = run.evaluate(state, "validation", "eval") | run.evaluate(state, "test", "test")
+    for name in metrics:
+        if name.endswith("/top1"):
+            print(f"step {int(state.step)}: {describe(name.removesuffix('/top1'), metrics)}")
+    return metrics
