@@ -191,6 +191,12 @@ def _flipped(folder):
     path.write_bytes(content)
 
 
+def _wrong_sum(folder):
+    path = folder / "bookkeeping" / "metadata"
+    book = json.loads(path.read_text())
+    path.write_text(json.dumps({**book, "checksum": book["checksum"] ^ 1}))
+
+
 def _without_state(folder):
     shutil.rmtree(folder / "state")
 
@@ -200,7 +206,8 @@ _DAMAGES = {
     _truncated: "can't be read (",
     _emptied: "can't be read (",
     _missing: "can't be read (",
-    _flipped: "is damaged: it is not what was saved: delete that folder to go on",
+    _flipped: "delete that folder to go on",  # by the sum, or already by the storage layer
+    _wrong_sum: "is damaged: it is not what was saved: delete that folder to go on",
     _without_state: "can't be read (",
 }
 _RESTORE_EACH = """
