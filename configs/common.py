@@ -15,14 +15,26 @@ def get_config(_: str = "") -> ConfigDict:
     config.seed = 0  # of initialisation, data order, augmentation and drop path
     config.mode = "train"  # "train", or "eval": evaluate the newest checkpoint of the workdir
     config.batch_size = 64  # images a step, over all devices
-    config.total_epochs = placeholder(float)  # passes over the training images
-    config.total_steps = placeholder(int)  # updates; goes before total_epochs where it is given
 
+    # Every duration can be given in three units; of several, the first one here counts.
+    config.total_steps = placeholder(int)  # updates
+    config.total_examples = placeholder(int)  # images seen
+    config.total_epochs = placeholder(float)  # passes over the training images
     config.log_every_steps = 20
-    config.eval_every_steps = 100  # on the validation split
-    config.checkpoint_every_steps = 100
+    config.log_every_examples = placeholder(int)
+    config.log_every_epochs = placeholder(float)
+    config.eval_every_steps = placeholder(int)  # on the validation split; none given: every epoch
+    config.eval_every_examples = placeholder(int)
+    config.eval_every_epochs = placeholder(float)
+    config.checkpoint_every_steps = placeholder(int)  # none given: every epoch
+    config.checkpoint_every_examples = placeholder(int)
+    config.checkpoint_every_epochs = placeholder(float)
     config.keep_checkpoints = 2  # the newest ones; the best is kept beside them
     config.compilation_cache = "~/.cache/vvt_jax"  # folder of jax's compiled programs; "": none
+    config.init_from = ""  # fine-tuning: a model folder, or another run's workdir; "": at random
+    config.eval_sets = ()  # mode "eval": ImageNet's other test sets, see vvt_jax.robustness
+    config.profile_at_step = 0  # a profiler trace into workdir/profile from that step on; 0: none
+    config.profile_steps = 3  # its length
 
     # How the devices share the work; -1 stands for all that are left.
     config.mesh = ConfigDict()
@@ -68,10 +80,21 @@ def get_config(_: str = "") -> ConfigDict:
     config.augment.min_scale = 0.08  # smallest part of the image's area that is cropped
     config.augment.flip = True  # left to right, every other time
     config.augment.shift = 0  # pixels, at most, each way; what moves in is black
+    config.augment.randaugment = ""  # such as "rand-m9-mstd0.5-inc1"; "": none
+    config.augment.color_jitter = 0.0  # of brightness, contrast, saturation; where that is none
+    config.augment.repeats = 1  # how often an image comes in turn, each time augmented anew
+    config.augment.erase = 0.0  # probability that a rectangle of an image becomes noise
+    config.augment.mixup = 0.0  # α of its Beta distribution; 0: none
+    config.augment.cutmix = 0.0  # α of its Beta distribution; 0: none
+    config.augment.mix_probability = 1.0  # of a step, to mix at all
+    config.augment.cutmix_probability = 0.5  # of a step that mixes, where both are on
 
     config.optimizer = ConfigDict()  # AdamW
     config.optimizer.learning_rate = 1e-3  # at its peak
-    config.optimizer.warmup_epochs = 5.0  # rises linearly, then falls along a cosine
+    config.optimizer.learning_rate_batch = 0  # the batch it is meant for, scaled to ours; 0: ours
+    config.optimizer.warmup_steps = placeholder(int)  # rises linearly, then falls along a cosine
+    config.optimizer.warmup_examples = placeholder(int)
+    config.optimizer.warmup_epochs = 5.0
     config.optimizer.warmup_learning_rate = 0.0  # at step 0
     config.optimizer.final_learning_rate = 0.0
     config.optimizer.b1 = 0.9
@@ -81,4 +104,7 @@ def get_config(_: str = "") -> ConfigDict:
     config.optimizer.clip_norm = 1.0  # of the gradient over all parameters; 0: not clipped
     config.optimizer.label_smoothing = 0.1
     config.optimizer.ema_decay = 0.0  # moving average of the weights, a step; 0: none
+    config.optimizer.accumulate = 1  # parts of a batch, one after the other, for one update
+    config.optimizer.layer_decay = 1.0  # learning rate of a block, of the next one's; 1: all equal
+    config.optimizer.freeze = ()  # regular expressions: parameters whose path has one stay as set
     return config.lock()

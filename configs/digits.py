@@ -13,6 +13,8 @@ from configs import common
 def get_config(_: str = "") -> ConfigDict:
     config = common.get_config()
     config.total_epochs = 20.0
+    config.eval_every_steps = 100
+    config.checkpoint_every_steps = 100
     config.model.name = "vvt_nano"
 
     config.data.source = "digits"

@@ -1,11 +1,18 @@
 """Checks of a config, and what a resumed run may change."""
 
+import importlib
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from configs import common, digits
-from vvt_jax.configuration import ConfigError, check_values, settle, unknown_field
+from configs import common, digits, imagenet
+from vvt_jax.configuration import ConfigError, check_values, in_steps, settle, unknown_field
+from vvt_jax.data.augment import check_augment
+from vvt_jax.models import create_model, list_models
+from vvt_jax.recipe.mixing import check_mixing
+from vvt_jax.recipe.optimizer import make_optimizer, make_schedule
 
 
 def _config(**changes):
@@ -45,6 +52,17 @@ def test_the_configs_pass():
         ("optimizer.b2", -0.1, "it goes from 0 up to, not including, 1"),
         ("optimizer.ema_decay", 1.0, "it goes from 0 up to, not including, 1"),
         ("optimizer.label_smoothing", 1.5, "it goes from 0 up to, not including, 1"),
+        ("total_examples", -5, "it has to be positive"),
+        ("log_every_steps", -1, "it has to be positive"),
+        ("profile_steps", 0, "it has to be positive"),
+        ("data.broken_limit", -1, "it can't be negative"),
+        ("optimizer.warmup_steps", -1, "it can't be negative"),
+        ("optimizer.warmup_examples", -1, "it can't be negative"),
+        ("optimizer.learning_rate_batch", -1, "it can't be negative"),
+        ("optimizer.layer_decay", 0.0, "it goes from, not including, 0 up to 1"),
+        ("optimizer.layer_decay", 1.1, "it goes from, not including, 0 up to 1"),
+        ("optimizer.accumulate", 0, "it has to divide batch_size=64"),
+        ("optimizer.accumulate", 3, "it has to divide batch_size=64"),
     ],
 )
 def test_values_that_cannot_be_meant(field, value, why):
@@ -54,8 +72,92 @@ def test_values_that_cannot_be_meant(field, value, why):
 
 
 def test_a_duration_has_to_be_given():
-    with pytest.raises(ConfigError, match=r"Neither config.total_epochs nor config.total_steps"):
+    with pytest.raises(ConfigError) as refused:
         check_values(common.get_config())
+    assert str(refused.value) == (
+        "None of config.total_steps, total_examples and total_epochs is set: one has to."
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "steps"),
+    [
+        ({"total_steps": 7, "total_examples": 640, "total_epochs": 3.0}, 7),
+        ({"total_examples": 650, "total_epochs": 3.0}, 10),
+        ({"total_epochs": 2.5}, 39),
+        ({}, 16),
+    ],
+)
+def test_a_duration_is_the_first_that_is_given(given, steps):
+    config = common.get_config()
+    config.update(given)
+    assert in_steps(config, "total", batch_size=64, examples=1000, default=1.0) == steps
+    assert in_steps(config.optimizer, "warmup", batch_size=64, examples=1000) == 78
+
+
+CONFIGS = {
+    "cifar100": [""],
+    "digits": [""],
+    "fashion_mnist": [""],
+    "folder": ["", "vvt_small"],
+    "imagenet": [f"{name}{size}" for name in list_models()[1:] for size in ("", ",384")],
+}
+
+
+def test_every_config_is_known_here():
+    files = {path.stem for path in Path(common.__file__).parent.glob("*.py")}
+    assert files == {*CONFIGS, "common"}
+
+
+@pytest.mark.parametrize(("name", "arg"), [(n, a) for n, args in CONFIGS.items() for a in args])
+def test_every_config_describes_a_run(name, arg):
+    """Fields that exist, a model that is made and an optimizer that is too; it runs elsewhere."""
+    module = importlib.import_module(f"configs.{name}")
+    config = module.get_config(arg) if arg else module.get_config()
+    check_values(config)
+    check_augment(config.augment)
+    check_mixing(config.augment)
+    fields = {k: v for k, v in config.model.items() if v is not None}
+    model = create_model(fields.pop("name"), **{**fields, "num_classes": 10})
+    assert model.depths[0]
+    schedule = make_schedule(config.optimizer, 100, 10, config.batch_size)
+    assert make_optimizer(config.optimizer, schedule)
+    assert f"python -m vvt_jax.main --config=configs/{name}.py" in module.__doc__
+    if "_" not in name and name != "digits":
+        assert "ot run" in module.__doc__
+
+
+def test_imagenet_follows_the_published_recipe():
+    tiny, large = (imagenet.get_config(name) for name in ("vvt_tiny", "vvt_large"))
+    schedule = make_schedule(tiny.optimizer, 300, 5, tiny.batch_size)
+    np.testing.assert_allclose(schedule(0), 1e-6, rtol=1e-4)
+    np.testing.assert_allclose(schedule(5), 5e-4 * tiny.batch_size / 512, rtol=1e-6)
+    np.testing.assert_allclose(schedule(300), 1e-5, rtol=1e-4)
+    assert (tiny.optimizer.clip_norm, large.optimizer.clip_norm) == (0.0, 1.0)
+    assert (tiny.model.drop_path_rate, large.model.drop_path_rate) == (0.1, 0.3)
+    assert tiny.augment.to_dict() == {
+        "crop": "random_resized_crop",
+        "min_scale": 0.08,
+        "flip": True,
+        "shift": 0,
+        "randaugment": "rand-m9-mstd0.5-inc1",
+        "color_jitter": 0.4,
+        "repeats": 3,
+        "mixup": 0.8,
+        "cutmix": 1.0,
+        "mix_probability": 1.0,
+        "cutmix_probability": 0.5,
+        "erase": 0.25,
+    }
+    assert (tiny.optimizer.weight_decay, tiny.optimizer.label_smoothing) == (0.05, 0.1)
+    assert (tiny.data.crop_fraction, tiny.data.interpolation) == (0.875, "bicubic")
+    assert imagenet.get_config("vvt_small,384").data.size == (384, 384)
+
+
+@pytest.mark.parametrize("arg", ["vvt_huge", "vvt_tiny,256", "vvt_nano"])
+def test_imagenet_names_what_it_takes(arg):
+    with pytest.raises(ValueError, match=rf"configs/imagenet.py:{arg} is not known: .* vvt_tiny"):
+        imagenet.get_config(arg)
 
 
 def test_a_new_folder_gets_the_config(tmp_path):
@@ -92,8 +194,11 @@ _FREE_CHANGES = {
     "log_every_steps": 7,
     "eval_every_steps": 7,
     "checkpoint_every_steps": 7,
+    "eval_every_epochs": 1.5,
     "keep_checkpoints": 7,
     "compilation_cache": "",
+    "data__broken_limit": 7,
+    "profile_at_step": 7,
 }
 
 

@@ -30,6 +30,7 @@ import numpy as np
 from vvt_jax import costs, forms, hlo, parallel
 from vvt_jax.errors import UserError
 from vvt_jax.models import VVT, create_model, unstack_blocks
+from vvt_jax.recipe import mixing
 from vvt_jax.recipe.optimizer import make_optimizer
 from vvt_jax.recipe.step import init_state, make_train_step
 from vvt_jax.weights import smallest_image
@@ -47,7 +48,9 @@ _CHIP_BYTES = {
 }
 _OPTIMIZER = {
     "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.05, "clip_norm": 1.0,
+    "layer_decay": 1.0, "freeze": (),
 }  # fmt: skip
+_AUGMENT = {"mixup": 0.0, "cutmix": 0.0, "erase": 0.0}
 _PREPROCESSING = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
 
 
@@ -168,13 +171,14 @@ class Program:
         )
         state = self._abstract(jax.eval_shape(init))
         batch = self._abstract_batch(image=(shape, jnp.uint8), label=(shape[:1], jnp.int32))
-        step = make_train_step(
-            self.model,
-            optimizer,
+        prepare = functools.partial(
+            mixing.prepare_batch,
             preprocessing=_PREPROCESSING,
+            augment=_AUGMENT,
             label_smoothing=0.1,
-            ema_decay=0.0,
+            num_classes=self.model.num_classes,
         )
+        step = make_train_step(self.model, optimizer, prepare=prepare)
         shardings = jax.tree.map(lambda x: x.sharding, state)
         compiled = parallel.compile_program(
             "train", step, state, batch, donate=(0,), out_shardings=shardings

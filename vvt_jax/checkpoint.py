@@ -104,6 +104,30 @@ class Checkpoints:
         Raises:
             CheckpointError: it is damaged, of another format version, or of another model.
         """
+        state, best = self._read(abstract_state)
+        # Arrays of orbax's own making may share memory with what it read: the step donates them.
+        return jax.tree.map(lambda x: x.copy(), state), best
+
+    def restore_variables(self) -> dict[str, Any]:
+        """What `model.apply` takes, of the newest checkpoint: the averaged weights, if it has some,
+        else the parameters, and the model's other collections; on the first device.
+
+        Raises:
+            CheckpointError: as `restore`.
+        """
+        step = self.latest_step()
+        layout = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        try:
+            saved = self._manager.item_metadata(step)["state"]
+            abstract = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), saved.tree
+            )
+        except Exception as error:  # as in `restore`
+            raise self._unreadable(error) from error
+        state, _ = self._read(abstract)
+        return {"params": state.get("ema") or state["params"], **(state.get("mutable") or {})}
+
+    def _read(self, abstract_state: Any) -> tuple[Any, Best]:
         step = self.latest_step()
         folder = self._folder / str(step)
         try:
@@ -115,10 +139,7 @@ class Checkpoints:
                 ),
             )
         except Exception as error:  # orbax raises whatever its storage layers do
-            reason = str(error).strip().partition("\n")[0][:200]
-            raise CheckpointError(
-                f"The checkpoint {folder} can't be read ({type(error).__name__}: {reason}): {_MEND}"
-            ) from error
+            raise self._unreadable(error) from error
         book = dict(found["bookkeeping"])
         version = book.pop("format_version", None)
         if version != FORMAT_VERSION:
@@ -130,8 +151,14 @@ class Checkpoints:
             raise CheckpointError(
                 f"The checkpoint {folder} is damaged: it is not what was saved: {_MEND}"
             )
-        # Arrays of orbax's own making may share memory with what it read: the step donates them.
-        return jax.tree.map(lambda x: x.copy(), found["state"]), Best(**book)
+        return found["state"], Best(**book)
+
+    def _unreadable(self, error: Exception) -> CheckpointError:
+        folder = self._folder / str(self.latest_step())
+        reason = str(error).strip().partition("\n")[0][:200]
+        return CheckpointError(
+            f"The checkpoint {folder} can't be read ({type(error).__name__}: {reason}): {_MEND}"
+        )
 
 
 class _NewestAndBest(PreservationPolicy):

@@ -17,12 +17,23 @@ _FREE = (
     "mesh.",
     "data.workers",
     "data.threads",
+    "data.broken_limit",
     "log_every_steps",
+    "log_every_examples",
+    "log_every_epochs",
     "eval_every_steps",
+    "eval_every_examples",
+    "eval_every_epochs",
+    "eval_sets",
     "checkpoint_every_steps",
+    "checkpoint_every_examples",
+    "checkpoint_every_epochs",
     "keep_checkpoints",
     "compilation_cache",
+    "profile_at_step",
+    "profile_steps",
 )
+_UNITS = ("steps", "examples", "epochs")
 _NOWHERE = "nothing"  # stands for a field that one of two configs lacks
 
 
@@ -41,37 +52,64 @@ def check_values(config: ConfigDict) -> None:
 
     if config.mode not in ("train", "eval"):
         refuse("mode", "it is 'train' or 'eval'")
-    if config.total_epochs is None and config.total_steps is None:
-        raise ConfigError("Neither config.total_epochs nor config.total_steps is set: one has to.")
-    duration = "total_epochs" if config.total_steps is None else "total_steps"
-    for field in (
-        duration,
-        "batch_size",
-        "log_every_steps",
-        "eval_every_steps",
-        "checkpoint_every_steps",
-        "keep_checkpoints",
-    ):
+    if not any(config[f"total_{unit}"] is not None for unit in _UNITS):
+        raise ConfigError(
+            "None of config.total_steps, total_examples and total_epochs is set: one has to."
+        )
+    for name in ("total", "log_every", "eval_every", "checkpoint_every"):
+        for unit in _UNITS:
+            if (value := config[f"{name}_{unit}"]) is not None:
+                if value <= 0:
+                    refuse(f"{name}_{unit}", "it has to be positive")
+                break  # the other units are not looked at
+    for field in ("batch_size", "keep_checkpoints", "profile_steps"):
         if config[field] <= 0:
             refuse(field, "it has to be positive")
     for field in ("learning_rate", "eps"):
         if config.optimizer[field] <= 0:
             refuse(f"optimizer.{field}", "it has to be positive")
     for field in (
-        "optimizer.warmup_epochs",
+        *(f"optimizer.warmup_{unit}" for unit in _UNITS),
         "optimizer.weight_decay",
         "optimizer.clip_norm",
+        "optimizer.learning_rate_batch",
         "data.workers",
         "data.threads",
+        "data.broken_limit",
     ):
         part, _, name = field.partition(".")
-        if config[part][name] < 0:
+        if (config[part][name] or 0) < 0:
             refuse(field, "it can't be negative")
+    if not 0 < config.optimizer.layer_decay <= 1:
+        refuse("optimizer.layer_decay", "it goes from, not including, 0 up to 1")
+    if config.optimizer.accumulate < 1 or config.batch_size % config.optimizer.accumulate:
+        refuse("optimizer.accumulate", f"it has to divide batch_size={config.batch_size}")
     if not 0 <= config.seed < 2**31:  # the state holds 32 bits of it
         refuse("seed", f"it goes from 0 up to {2**31 - 1}")
     for field in ("b1", "b2", "ema_decay", "label_smoothing"):
         if not 0 <= config.optimizer[field] < 1:
             refuse(f"optimizer.{field}", "it goes from 0 up to, not including, 1")
+
+
+def in_steps(
+    fields: ConfigDict, name: str, batch_size: int, examples: int, default: float = 0.0
+) -> int:
+    """A duration in steps, rounded; the first that is given of `NAME_steps`, `NAME_examples` and
+    `NAME_epochs`.
+
+    Args:
+        fields: the part of the config that has it.
+        name: such as `total` or `eval_every`.
+        batch_size: examples of a step.
+        examples: of an epoch.
+        default: epochs, where none of the three is given.
+    """
+    if (steps := fields[f"{name}_steps"]) is not None:
+        return steps
+    if (seen := fields[f"{name}_examples"]) is None:
+        epochs = fields[f"{name}_epochs"]
+        seen = examples * (default if epochs is None else epochs)
+    return round(seen / batch_size)
 
 
 def settle(config: ConfigDict, workdir: Path) -> None:

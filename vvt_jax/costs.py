@@ -19,6 +19,23 @@ from vvt_jax.weights import variable_shapes
 # The products of two activations; those with parameters have a layer's name behind it.
 _ATTENTION = re.compile(r"stage(\d)/blocks/attention")
 
+# Float operations a second of one device in bfloat16, as its maker prints them, without sparsity;
+# by the name that jax gives the kind of device.
+PEAK_FLOPS = {
+    "TPU v2": 22.5e12,
+    "TPU v3": 61.5e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "Tesla V100-SXM2-16GB": 125e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerCost:

@@ -1,33 +1,39 @@
 """A run: from a config to checkpoints, metrics and a model folder."""
 
+import collections
 import contextlib
 import dataclasses
 import functools
 import math
-import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vvt_jax import configuration, forms, parallel
+from vvt_jax import configuration, costs, forms, parallel
 from vvt_jax.checkpoint import Best, Checkpoints
 from vvt_jax.configuration import ConfigError
 from vvt_jax.data.augment import check_augment
-from vvt_jax.data.loader import eval_batches, train_batches
+from vvt_jax.data.loader import eval_batches, report_broken, train_batches
 from vvt_jax.data.preprocess import check_record
 from vvt_jax.data.sources import Source, open_source
 from vvt_jax.errors import UserError
 from vvt_jax.evaluate import evaluate, make_eval_step
+from vvt_jax.finetune import initial_variables
 from vvt_jax.interruption import Interrupted, Interruption
 from vvt_jax.models import VVT, create_model, unstack_blocks
 from vvt_jax.pretrained import save_pretrained
+from vvt_jax.recipe import mixing
 from vvt_jax.recipe.optimizer import make_optimizer, make_schedule
 from vvt_jax.recipe.step import Totals, TrainState, init_state, make_train_step
 from vvt_jax.reporting import Reporter, describe
+from vvt_jax.timing import Stopwatch, Trace
+
+_STEPS_AHEAD = 2  # steps given to the devices and not waited for: more would only hold batches
 
 
 class NonFiniteLossError(UserError):
@@ -69,26 +75,43 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
         checkpoints = stack.enter_context(
             Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
         )
+        told: list[str] = []
         if checkpoints.latest_step() is None:
             state, best = run.init_state(), Best()
+            if config.init_from:
+                state, told = run.start_from(config.init_from, state)
         else:
             state, best = checkpoints.restore(run.abstract_state)
         step = int(state.step)
+        train_step = run.compile_train_step()  # before the clock starts
         reporter = stack.enter_context(
             Reporter(workdir, start_step=step, total_steps=run.total_steps)
         )
+        for line in [*told, run.describe()]:
+            reporter.say(line)
         if step:
             reporter.say(f"Resumed at step {step} of {run.total_steps}.")
-        batches = stack.enter_context(contextlib.closing(run.train_batches(start_step=step)))
+        batches = stack.enter_context(
+            contextlib.closing(run.train_batches(start_step=step, say=reporter.say))
+        )
+        trace = stack.enter_context(
+            Trace(workdir / "profile", config.profile_at_step, config.profile_steps)
+        )
 
         latest = reporter.last_line()
         unread: Totals | None = None  # of the step before, not waited for yet
-        stopwatch = _Stopwatch()
-        for batch in parallel.to_devices(batches, run.mesh):
+        under_way: collections.deque[jax.Array] = collections.deque()
+        stopwatch = Stopwatch()
+        for batch in stopwatch.waiting(parallel.to_devices(batches, run.mesh)):
             if step == run.total_steps or interruption.signum:
                 break
-            state = run.train_step(state, batch)
+            trace.before(step + 1)
+            state, done = train_step(state, batch)
             step += 1
+            under_way.append(done)
+            if len(under_way) > _STEPS_AHEAD:
+                under_way.popleft().block_until_ready()
+            trace.after(step, done)
             reporter.advance()
             if unread is not None:  # read while the devices are busy with this step
                 reporter.write(step - 1, run.describe_training(step - 1, unread, stopwatch))
@@ -148,6 +171,7 @@ class _Run:
             check_record(self._preprocessing)
         with _naming("config.augment"):
             check_augment(config.augment)
+            mixing.check_mixing(config.augment)
         self._model = _make_model(config, sources["train"].num_classes)
         self.mesh = parallel.make_mesh(
             config.mesh,
@@ -156,10 +180,20 @@ class _Run:
             stride=math.prod(self._model.patch_strides),
         )
 
-        steps_per_epoch = len(sources["train"].examples) / config.batch_size
-        epochs_in_steps = round((config.total_epochs or 0) * steps_per_epoch)
-        self.total_steps: int = config.total_steps or max(1, epochs_in_steps)
-        self._schedule = make_schedule(config.optimizer, self.total_steps, steps_per_epoch)
+        images = len(sources["train"].examples)
+
+        def in_steps(fields: ConfigDict, name: str) -> int:
+            steps = configuration.in_steps(fields, name, config.batch_size, images, default=1.0)
+            return max(1, steps)
+
+        self.total_steps: int = in_steps(config, "total")
+        self._cadences = [in_steps(config, f"{name}_every") for name in ("log", "eval", "checkpoint")]
+        self._schedule = make_schedule(
+            config.optimizer,
+            self.total_steps,
+            configuration.in_steps(config.optimizer, "warmup", config.batch_size, images),
+            config.batch_size,
+        )
         optimizer = make_optimizer(config.optimizer, self._schedule)
 
         self._init = functools.partial(
@@ -169,16 +203,32 @@ class _Run:
             (1, *data.size, 3),
             ema=config.optimizer.ema_decay > 0,
         )
-        with _naming("config.data.size"):
+        with _naming("config.data.size or config.optimizer.freeze"):
             shapes = jax.eval_shape(self._init, config.seed)
         self._shardings = parallel.state_shardings(self.mesh, shapes)
         self.abstract_state = parallel.abstract(self._shardings, shapes)
         self._train_step = make_train_step(
             self._model,
             optimizer,
-            preprocessing=self._preprocessing,
-            label_smoothing=config.optimizer.label_smoothing,
+            prepare=functools.partial(
+                mixing.prepare_batch,
+                preprocessing=self._preprocessing,
+                augment=config.augment.to_dict(),
+                label_smoothing=config.optimizer.label_smoothing,
+                num_classes=self._model.num_classes,
+            ),
             ema_decay=config.optimizer.ema_decay,
+            accumulate=config.optimizer.accumulate,
+            freeze=config.optimizer.freeze,
+        )
+
+    def describe(self) -> str:
+        """The run in a line: how long it is, and how often it does what."""
+        epochs = self.total_steps * self._config.batch_size / len(self._sources["train"].examples)
+        log, measure, save = self._cadences
+        return (
+            f"{self.total_steps} steps ({epochs:.4g} epochs) of {self._config.batch_size} images: "
+            f"logs every {log}, evaluates every {measure}, saves every {save}."
         )
 
     def init_state(self) -> TrainState:
@@ -187,20 +237,51 @@ class _Run:
         init = jax.jit(self._init, out_shardings=self._shardings, compiler_options=options)
         return init(self._config.seed)
 
+    def start_from(self, path: str, state: TrainState) -> tuple[TrainState, list[str]]:
+        """The state with the weights of a model folder or another run, and what to say of them."""
+        variables, told = initial_variables(
+            path,
+            self._model,
+            jax.device_get(state.variables()),
+            self._sources["train"].class_names,
+        )
+        params = variables.pop("params")
+
+        def place(tree, shardings):
+            # Copied: the step takes the memory over, and jax may share numpy's.
+            return jax.tree.map(jnp.copy, jax.device_put(tree, shardings))
+
+        return dataclasses.replace(
+            state,
+            params=place(params, self._shardings.params),
+            mutable=place(variables, self._shardings.mutable),
+            ema=None if state.ema is None else place(params, self._shardings.ema),
+        ), told
+
     def no_totals(self) -> Totals:
         """Totals that start anew."""
         return jax.device_put(Totals.zeros(), self._shardings.totals)
 
-    @functools.cached_property
-    def train_step(self) -> Callable[[TrainState, Mapping[str, jax.Array]], TrainState]:
-        """The compiled update; it takes the state's memory over. Any other shape is an error."""
+    def compile_train_step(
+        self,
+    ) -> Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, jax.Array]]:
+        """The update; it takes the state's memory over. Any other shape is an error.
+
+        What it returns beside the state is small, and there when the step is done: the state itself
+        can't be waited for, since the next step takes it over.
+        """
+
+        def update(state, batch):
+            state = self._train_step(state, batch)
+            return state, state.step
+
         return parallel.compile_program(
             "train",
-            self._train_step,
+            update,
             self.abstract_state,
             self._abstract_batch("image", "label"),
             donate=(0,),
-            out_shardings=self._shardings,
+            out_shardings=(self._shardings, self._shardings.step),
         )
 
     @functools.cached_property
@@ -235,38 +316,59 @@ class _Run:
             name: jax.ShapeDtypeStruct(*kinds[name], sharding=shardings[name]) for name in names
         }
 
-    def train_batches(self, start_step: int) -> Generator[dict[str, np.ndarray], None, None]:
-        """The endless stream of training batches from that step on."""
-        return train_batches(
-            self._sources["train"],
+    def train_batches(
+        self, start_step: int, say: Callable[[str], None]
+    ) -> Generator[dict[str, np.ndarray], None, None]:
+        """The endless stream of training batches from that step on; `say` tells of broken images."""
+        source, data = self._sources["train"], self._config.data
+        batches = train_batches(
+            source,
             record=self._preprocessing,
             augment=self._config.augment.to_dict(),
             batch_size=self._config.batch_size,
             seed=self._config.seed,
             start_step=start_step,
-            workers=self._config.data.workers,
-            threads=self._config.data.threads,
+            repeats=self._config.augment.repeats,
+            workers=data.workers,
+            threads=data.threads,
         )
+        return report_broken(batches, source, data.broken_limit, say)
 
     def due(self, step: int) -> tuple[bool, bool, bool]:
         """Whether to log, to evaluate and to save after that step."""
-        config, last = self._config, step == self.total_steps
-        cadences = (config.log_every_steps, config.eval_every_steps, config.checkpoint_every_steps)
-        log, measure, save = (last or step % every == 0 for every in cadences)
+        last = step == self.total_steps
+        log, measure, save = (last or step % every == 0 for every in self._cadences)
         return log, measure, save
 
     def describe_training(
-        self, step: int, totals: Totals, stopwatch: "_Stopwatch"
+        self, step: int, totals: Totals, stopwatch: Stopwatch
     ) -> dict[str, float]:
         """Means over the steps since the last report; waits for that step's end."""
         _check_finite(totals)
         steps = int(totals.steps)
-        return {
+        seconds, waiting = stopwatch.read()
+        rate = steps * self._config.batch_size / seconds
+        metrics = {
             "train/loss": float(totals.loss) / steps,
             "train/grad_norm": float(totals.grad_norm) / steps,
             "train/learning_rate": float(self._schedule(step - 1)),
-            "train/images_per_second": steps * self._config.batch_size / stopwatch.read(),
+            "train/images_per_second": rate,
+            "train/data_wait": waiting / seconds,
         }
+        if self._peak_flops:
+            metrics["train/mfu"] = rate * self._flops_per_image / self._peak_flops
+        return metrics
+
+    @functools.cached_property
+    def _peak_flops(self) -> float | None:
+        """Of all devices, float operations a second; None where it is unknown."""
+        peak = costs.PEAK_FLOPS.get(self.mesh.devices.flat[0].device_kind)
+        return peak and peak * self.mesh.devices.size
+
+    @functools.cached_property
+    def _flops_per_image(self) -> int:
+        """Of a training step: 2 a multiply-add, 3 forward passes' worth."""
+        return 6 * sum(layer.published for layer in costs.count(self._model, *self._config.data.size))
 
     def evaluate(self, state: TrainState, part: str, prefix: str) -> dict[str, float]:
         """Measurements on a part of the data, none where the config names no split for it."""
@@ -298,25 +400,6 @@ class _Run:
         }
         variables = jax.device_get(state.variables(ema=state.ema is not None))
         save_pretrained(folder, self._model, variables, card)
-
-
-class _Stopwatch:
-    """Time since the last reading, pauses left out."""
-
-    def __init__(self) -> None:
-        self._since = time.perf_counter()
-
-    def read(self) -> float:
-        """Seconds since the last reading."""
-        since, self._since = self._since, time.perf_counter()
-        return self._since - since
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leaves out what happens inside, such as evaluation."""
-        start = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - start
 
 
 def _open_sources(data: ConfigDict) -> dict[str, Source]:

@@ -4,8 +4,8 @@
 
 `sizes` and `resolution` count (seconds). `pixels` compiles and times vvt_tiny's forward pass on
 this machine, which should do nothing else (under 10 minutes on two cores). `chip` compiles for a
-TPU v5e, needs the extra `tpu`, and has not been run yet. Each part writes its JSON when it is done,
-and draws from it.
+TPU v5e (half an hour) and needs the extra `tpu`. Each part writes its JSON when it is done, and draws
+from it.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ PRINTED = {
     "Swin-B": {512: 92, 800: 244},
     "ResNet152": {512: 60, 800: 148, 1280: 376},
 }
-CHIP, CHIP_BYTES = "v5e:2x2", 16 * 2**30
+CHIP, CHIP_BYTES = "v5e:2x2", int(15.75 * 2**30)  # what the compiler leaves of 16 GiB
 _CHIP_STEP = 32  # pixels
 
 
@@ -130,42 +130,72 @@ def chip() -> None:
     for train in (False, True):
         for attention in ("vicinity", "softmax"):
             fields = {"attention": attention, "dtype": "bfloat16", "unroll": False}
-            found.append(_largest(Setting("vvt_tiny", train=train, fields=fields)))
-            print(found[-1])
+            tried = _try_sides(Setting("vvt_tiny", train=train, fields=fields))
+            fits = [side for side, peak in tried.items() if _fits(peak)]
+            found.append(
+                {
+                    "attention": attention,
+                    "train": train,
+                    "largest_side_that_fits": max(fits),
+                    "peak_bytes_by_side": tried,
+                }
+            )
             _write("chip", found)
+    draw_chip()
 
 
-def _largest(setting: Setting) -> dict:
-    """The side that fits where one 6 % longer does not, guessed from how memory grew."""
+def _fits(peak: int | str) -> bool:
+    return not isinstance(peak, str) and peak <= CHIP_BYTES
+
+
+def _try_sides(setting: Setting) -> dict[int, int | str]:
+    """Peak memory (bytes, or why not) by side, up to one that does not fit and a few % below it,
+    guessed from how memory grows."""
     devices, tried = target_devices(CHIP), {}
     growth = 2 if setting.fields["attention"] == "vicinity" else 4  # of memory with the side
 
-    def peak(side: int) -> float:
-        if side not in tried:
-            try:
-                program = Program(dataclasses.replace(setting, height=side, width=side), devices)
-                tried[side] = program.describe()["peak_bytes"]
-            except (UserError, RuntimeError) as error:  # the compiler's own "does not fit"
-                tried[side] = str(error).partition("\n")[0][:160]
-            print(setting.train, setting.fields["attention"], side, tried[side], flush=True)
-        return tried[side] if isinstance(tried[side], int) else float("inf")
+    def fits(side: int) -> bool:
+        try:
+            program = Program(dataclasses.replace(setting, height=side, width=side), devices)
+            tried[side] = program.describe()["peak_bytes"]
+        except (UserError, RuntimeError) as error:  # the compiler's own "does not fit"
+            tried[side] = str(error).partition("\n")[0][:160]
+        print(setting.train, setting.fields["attention"], side, tried[side], flush=True)
+        return _fits(tried[side])
 
     def longer(side: int, factor: float) -> int:
         return int(side * factor) // _CHIP_STEP * _CHIP_STEP
 
     side = 512
-    while peak(side) <= CHIP_BYTES:
-        guess = longer(side, min(4.0, 0.98 * (CHIP_BYTES / peak(side)) ** (1 / growth)))
+    while fits(side):
+        guess = longer(side, min(4.0, 0.98 * (CHIP_BYTES / tried[side]) ** (1 / growth)))
         side = max(guess, longer(side, 1.06))
-    while peak(side) > CHIP_BYTES:
+    while sum(map(_fits, tried.values())) < 2 or max(tried) > 1.1 * max(
+        side for side, peak in tried.items() if _fits(peak)
+    ):
         side = longer(side, 0.94)
-    return {
-        "attention": setting.fields["attention"],
-        "train": setting.train,
-        "largest_side": side,
-        "does_not_fit": min(s for s in tried if peak(s) > CHIP_BYTES),
-        "tried": tried,
-    }
+        fits(side)
+    return tried
+
+
+def draw_chip() -> None:
+    """The plot of `chip`, from what it wrote."""
+    results = json.loads((HERE / "chip.json").read_text())
+    figure, axes = plt.subplots(figsize=(7, 2.8))
+    for row, result in enumerate(reversed(results)):
+        side = result["largest_side_that_fits"]
+        colour = "C0" if result["attention"] == "vicinity" else "C1"
+        axes.barh(row, side, color=colour)
+        axes.text(side + 60, row, f"{side}²", va="center")
+    labels = [
+        f"{'training' if r['train'] else 'inference'}, {r['attention']}" for r in reversed(results)
+    ]
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set(xlabel="side of the largest square image, pixels", xlim=(0, 7000))
+    axes.set_title("vvt_tiny in bfloat16 on a TPU v5e of 16 GB (compiled, not run)")
+    figure.tight_layout()
+    figure.savefig(HERE / "chip.png", dpi=110)
+    plt.close(figure)
 
 
 def _write(name: str, content: object) -> None:

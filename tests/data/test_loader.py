@@ -76,7 +76,7 @@ def _assert_equal(one, other):
 
 def test_batches_have_the_promised_types():
     (batch,) = _take(1, _numbered(10))
-    assert set(batch) == {"image", "label"}
+    assert set(batch) == {"image", "label", "broken"}
     assert (batch["image"].shape, batch["image"].dtype) == ((4, 16, 12, 3), np.uint8)
     assert (batch["label"].shape, batch["label"].dtype) == ((4,), np.int32)
 
@@ -132,6 +132,84 @@ def test_without_augmentation_an_example_stays_itself():
         assert len({image.tobytes() for image in images[labels == label]}) == 1
 
 
+@pytest.mark.parametrize("start_step", [0, 3])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_repeats_come_in_turn_each_augmented_anew(start_step, workers):
+    source = _numbered(30)
+    batches = _take(12, source, batch_size=10, repeats=3)
+    epochs = np.split(_labels(batches), 4)
+    for epoch in epochs:
+        assert len(set(epoch)) == 10
+        assert all(len(set(triple)) == 1 for triple in epoch.reshape(10, 3))
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    images = np.concatenate([batch["image"] for batch in batches])
+    assert len({image.tobytes() for image in images}) == 120
+    once = _labels(_take(3, source, batch_size=10))
+    np.testing.assert_array_equal(epochs[0][::3], once[:10])  # the order that there would be
+    part = _take(3, source, batch_size=10, repeats=3, start_step=start_step, workers=workers)
+    _assert_equal(part, batches[start_step : start_step + 3])
+
+
+class _Damaged(_Numbered):
+    """Every third example can't be decoded."""
+
+    def __getitem__(self, index):
+        if index % 3 == 0:
+            raise sources.BrokenImageError(f"Image number {index} is broken.")
+        return super().__getitem__(index)
+
+
+def _damaged(count):
+    return sources.Source(_Damaged(count), tuple(map(str, range(count))), "damaged", "all")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_image_is_replaced_and_flagged(workers):
+    whole = _take(12, _damaged(20))
+    labels = _labels(whole)
+    flags = np.concatenate([batch["broken"] for batch in whole])
+    assert not (labels % 3 == 0).any()
+    order = _labels(_take(12, _numbered(20)))
+    np.testing.assert_array_equal(flags, np.where(order % 3 == 0, order, -1))
+    np.testing.assert_array_equal(labels[flags < 0], order[flags < 0])
+    assert len(set(labels[flags == 0])) > 1  # not always the same stands in
+    _assert_equal(_take(4, _damaged(20), workers=workers, start_step=2), whole[2:6])
+
+
+def test_broken_images_are_named_once_up_to_a_limit():
+    source = _damaged(9)
+    told = []
+
+    def read(limit, batches=20):
+        stream = loader.train_batches(
+            source, record=_RECORD, augment=_EXACT, batch_size=4, seed=0, threads=1
+        )
+        with contextlib.closing(loader.report_broken(stream, source, limit, told.append)) as kept:
+            return list(itertools.islice(kept, batches))
+
+    assert all(set(batch) == {"image", "label"} for batch in read(limit=3))
+    assert [line[:39] for line in told] == [
+        f"Replaced a broken image, the run's {n}. I" for n in (1, 2, 3)
+    ]
+    assert {line.split("number ")[1][0] for line in told} == {"0", "3", "6"}
+    with pytest.raises(sources.DataError) as refused:
+        read(limit=2)
+    assert str(refused.value).startswith(
+        "3 broken images are more than config.data.broken_limit=2 allows. The last one: Image "
+    )
+
+
+class _AllDamaged(_Numbered):
+    def __getitem__(self, index):
+        raise sources.BrokenImageError(f"Image number {index} is broken.")
+
+
+def test_a_data_set_without_images_is_an_error():
+    source = sources.Source(_AllDamaged(9), ("a",), "none", "all")
+    with pytest.raises(sources.DataError, match="20 images in a row can't be decoded: is this"):
+        _take(1, source)
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 10, 11, 64])
 def test_eval_counts_each_example_once_in_order(batch_size):
     source = _numbered(10)
@@ -172,6 +250,7 @@ def test_refusals_come_at_the_call():
         ({"record": _RECORD | {"interpolation": "x"}}, "interpolation"),
         ({"augment": _EXACT | {"crop": "x"}}, "crop"),
         ({"seed": -1}, "non-negative"),
+        ({"repeats": 0}, "repeats"),
     ]:
         with pytest.raises(ValueError, match=words):
             loader.train_batches(source, **(train | change))

@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 
 import vvt_jax
 from configs import common
-from vvt_jax.recipe.optimizer import decays, make_optimizer, make_schedule
+from vvt_jax.recipe.optimizer import (
+    decays,
+    frozen,
+    layer_scales,
+    make_optimizer,
+    make_schedule,
+)
 
 
 def _fields(**changes):
@@ -20,39 +26,39 @@ _RATES = {"learning_rate": 1.0, "warmup_learning_rate": 0.1, "final_learning_rat
 
 
 def test_schedule_at_its_corners():
-    schedule = make_schedule(_fields(**_RATES, warmup_epochs=2.0), 100, steps_per_epoch=10.2)
+    schedule = make_schedule(_fields(**_RATES), 100, warmup_steps=20)
     cosine = 0.01 + 0.99 * (1 + np.cos(np.pi * 79 / 80)) / 2
     for step, rate in {0: 0.1, 10: 0.55, 20: 1.0, 60: 0.505, 99: cosine, 100: 0.01}.items():
         np.testing.assert_allclose(schedule(step), rate, rtol=1e-5, err_msg=f"step {step}")
 
 
 def test_schedule_without_warmup_starts_at_its_peak():
-    schedule = make_schedule(_fields(**_RATES, warmup_epochs=0.0), 10, steps_per_epoch=5)
+    schedule = make_schedule(_fields(**_RATES), 10, warmup_steps=0)
     np.testing.assert_allclose([schedule(0), schedule(5), schedule(10)], [1.0, 0.505, 0.01], 1e-6)
 
 
 @pytest.mark.parametrize("total_steps", [1, 2, 5])
 def test_warmup_longer_than_the_run_reaches_the_peak_at_the_last_step(total_steps):
-    schedule = make_schedule(_fields(**_RATES, warmup_epochs=9.0), total_steps, steps_per_epoch=10)
+    schedule = make_schedule(_fields(**_RATES), total_steps, warmup_steps=90)
     np.testing.assert_allclose(schedule(total_steps - 1), 1.0, rtol=1e-6)
 
 
 @settings(deadline=None, max_examples=20, derandomize=True)
-@given(
-    total_steps=st.integers(1, 60),
-    warmup_epochs=st.floats(0, 8),
-    steps_per_epoch=st.floats(0.1, 20),
-)
-def test_schedule_rises_to_the_peak_and_falls(total_steps, warmup_epochs, steps_per_epoch):
-    schedule = make_schedule(
-        _fields(**_RATES, warmup_epochs=warmup_epochs), total_steps, steps_per_epoch
-    )
+@given(total_steps=st.integers(1, 60), warmup_steps=st.integers(0, 80))
+def test_schedule_rises_to_the_peak_and_falls(total_steps, warmup_steps):
+    schedule = make_schedule(_fields(**_RATES), total_steps, warmup_steps)
     rates = np.array([schedule(step) for step in range(total_steps)])
     peak = rates.argmax()
     np.testing.assert_allclose(rates[peak], 1.0, rtol=1e-6)
     assert (np.diff(rates[: peak + 1]) > 0).all()
     assert (np.diff(rates[peak:]) < 0).all()
     assert rates.min() >= 0.01
+
+
+def test_peak_grows_with_the_batch():
+    fields = _fields(**{**_RATES, "learning_rate": 0.5}, learning_rate_batch=512)
+    schedule = make_schedule(fields, 10, warmup_steps=2, batch_size=1024)
+    np.testing.assert_allclose([schedule(0), schedule(2)], [0.1, 1.0], rtol=1e-6)
 
 
 # Two stacked blocks, whose biases and scales have two dimensions, and a head.
@@ -123,3 +129,72 @@ def test_decay_acts_on_the_kernels_of_a_model_only(attention):
     leaves = jax.tree.leaves_with_path(decays(variables["params"]))
     assert {path[-1].key for path, decayed in leaves if decayed} == {"kernel"}
     assert {path[-1].key for path, decayed in leaves if not decayed} == {"bias", "scale"}
+
+
+def _parameters(**fields):
+    model = vvt_jax.create_model("vvt_nano", **fields)
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    return jax.tree.map(lambda x: jnp.ones(x.shape), variables["params"])
+
+
+def test_learning_rates_fall_with_the_depth():
+    params = _parameters(depths=(1, 2, 3, 1))  # layers 1, 2 to 3, 4 to 6, 7; the head is 8
+    scales = layer_scales(params, 0.5)
+    assert scales["stage1"]["patch_embed"]["conv"]["kernel"] == 0.5**8
+    assert scales["stage2"]["patch_embed"]["conv"]["kernel"] == 0.5**6
+    assert scales["stage2"]["norm"]["scale"] == 0.5**5
+    query = scales["stage3"]["blocks"]["attention"]["query"]
+    np.testing.assert_array_equal(query["kernel"].ravel(), [0.5**4, 0.5**3, 0.5**2])
+    np.testing.assert_array_equal(query["bias"].ravel(), [0.5**4, 0.5**3, 0.5**2])
+    assert scales["head"]["kernel"] == 1
+    for scale, leaf in zip(jax.tree.leaves(scales), jax.tree.leaves(params), strict=True):
+        assert jnp.broadcast_shapes(np.shape(scale), leaf.shape) == leaf.shape
+
+
+def test_updates_are_scaled_by_depth_after_adamw():
+    params = _parameters(depths=(1, 2, 1, 1))
+    gradients = jax.tree.map(lambda p: p * 1e-3, params)
+    updates = {}
+    for decay in (1.0, 0.7):
+        optimizer = make_optimizer(_fields(layer_decay=decay), lambda _: 0.1)
+        updates[decay], _ = optimizer.update(gradients, optimizer.init(params), params)
+    jax.tree.map(
+        lambda scaled, update, scale: np.testing.assert_allclose(scaled, update * scale, rtol=1e-6),
+        updates[0.7],
+        updates[1.0],
+        layer_scales(params, 0.7),
+    )
+
+
+def test_frozen_parameters_have_neither_updates_nor_state():
+    params = _parameters()
+    optimizer = make_optimizer(_fields(freeze=("stage[12]/", "norm/scale$")), lambda _: 0.1)
+    state = optimizer.init(params)
+    updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
+    fixed = frozen(params, ("stage[12]/", "norm/scale$"))
+    assert fixed["stage1"]["norm"]["bias"]
+    assert fixed["stage4"]["norm"]["scale"]
+    assert not fixed["head"]["bias"]
+    for update, still in zip(jax.tree.leaves(updates), jax.tree.leaves(fixed), strict=True):
+        assert bool((update == 0).all()) == still
+    moving = sum(
+        leaf.size
+        for leaf, still in zip(jax.tree.leaves(params), jax.tree.leaves(fixed), strict=True)
+        if not still
+    )
+    held = sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim)
+    assert held == 2 * moving
+
+
+@pytest.mark.parametrize(
+    ("patterns", "words"),
+    [
+        (("stage5",), "No parameter's path has 'stage5' in it."),
+        (("(",), "'(' is no regular expression: "),
+        (("stage", "head"), "['stage', 'head'] leave nothing to train."),
+    ],
+)
+def test_patterns_that_freeze_nothing_or_all_are_refused(patterns, words):
+    with pytest.raises(ValueError) as refused:  # noqa: PT011 - compared whole
+        frozen(_parameters(), patterns)
+    assert str(refused.value).startswith(words)

@@ -21,7 +21,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import grain
@@ -30,9 +30,10 @@ from absl import flags
 
 from vvt_jax.data import augment as augment_lib
 from vvt_jax.data import preprocess
-from vvt_jax.data.sources import DataError, Source
+from vvt_jax.data.sources import BrokenImageError, DataError, Examples, Source
 
 Batch = dict[str, np.ndarray]
+_SUBSTITUTES = 20  # broken images in a row after which it is no accident
 
 
 def train_batches(
@@ -43,12 +44,16 @@ def train_batches(
     batch_size: int,
     seed: int,
     start_step: int = 0,
+    repeats: int = 1,
     workers: int = 0,
     threads: int = 4,
 ) -> Generator[Batch, None, None]:
     """Endless batches, reshuffled every epoch; a batch may reach from one epoch into the next.
 
     Batch `i`, counted from 0, depends on the source, the settings, `seed` and `i` only.
+
+    An image that can't be decoded is replaced by another one, which follows from `seed` and its
+    place in the stream, and flagged in its batch; `report_broken` takes the flags out and counts.
 
     Args:
         source: the examples.
@@ -57,28 +62,39 @@ def train_batches(
         batch_size: examples in a batch.
         seed: 0 or more; fixes the order and every image's augmentation.
         start_step: the first batch to give, to resume a run.
+        repeats: how often an image comes in turn, each time augmented anew (repeated augmentation,
+            Hoffer et al., arXiv 1901.09335); an epoch has as many examples as before, of a part
+            of the images.
         workers: worker processes; 0 works in this process.
         threads: threads that prepare batches, in each worker; 0 works when a batch is asked for.
 
     Returns:
-        A generator of `{"image": uint8 [batch, height, width, 3], "label": int32 [batch]}`.
+        A generator of `{"image": uint8 [batch, height, width, 3], "label": int32 [batch],
+        "broken": int32 [batch]}`; `broken` is the number of the example that was replaced, else -1.
 
     Raises:
-        DataError: the source is empty.
+        DataError: the source is empty, or hardly any image of it can be decoded.
         ValueError: a setting is out of range.
     """
     _check(source, record, batch_size, workers, threads)
     augment_lib.check_augment(augment)
+    if repeats < 1:
+        raise ValueError(f"`repeats` must be 1 or more, not {repeats}.")
     if start_step < 0:
         raise ValueError(f"`start_step` must be 0 or more, not {start_step}.")
     # grain shuffles epoch e by seed + e: without this, seed 1 would repeat seed 0 an epoch later.
     shuffle_seed, augment_seed = np.random.SeedSequence(seed).generate_state(2)
+    order = grain.MapDataset.range(len(source.examples)).shuffle(int(shuffle_seed))
     dataset = (
-        grain.MapDataset.source(source.examples)
-        .shuffle(int(shuffle_seed))
+        (order if repeats == 1 else _RepeatEach(order, repeats))
         .repeat()
         .random_map(
-            functools.partial(_train_example, record=dict(record), augment=dict(augment)),
+            functools.partial(
+                _train_example,
+                examples=source.examples,
+                record=dict(record),
+                augment=dict(augment),
+            ),
             seed=int(augment_seed),
         )
         # An endless stream has no remainder, but grain would divide its length as floats, rounding
@@ -136,14 +152,78 @@ def _check(
     preprocess.check_record(record)
 
 
+class _RepeatEach(grain.MapDataset):
+    """Each element several times in turn; the first ones only, so that the length stays."""
+
+    def __init__(self, parent: grain.MapDataset, times: int):
+        super().__init__(parent)
+        self._times = times
+
+    def __len__(self) -> int:
+        return len(self._parent)
+
+    def __getitem__(self, index: Any) -> Any:
+        epoch, position = divmod(index, len(self))
+        # grain tells epochs apart by indices beyond the length
+        return self._parent[epoch * len(self) + position // self._times]
+
+
 def _train_example(
-    example: Mapping[str, Any],
+    index: int,
     rng: np.random.Generator,
+    examples: Examples,
     record: Mapping[str, Any],
     augment: Mapping[str, Any],
 ) -> dict[str, Any]:
-    image = augment_lib.train_image(example["image"], rng, record, augment)
-    return {"image": image, "label": np.int32(example["label"])}
+    broken = -1
+    for _ in range(_SUBSTITUTES):
+        try:
+            example = examples[index]
+        except BrokenImageError:
+            broken = index if broken < 0 else broken
+            index = int(rng.integers(len(examples)))
+            continue
+        image = augment_lib.train_image(example["image"], rng, record, augment)
+        return {"image": image, "label": np.int32(example["label"]), "broken": np.int32(broken)}
+    raise DataError(f"{_SUBSTITUTES} images in a row can't be decoded: is this data set damaged?")
+
+
+def report_broken(
+    batches: Generator[Batch, None, None], source: Source, limit: int, say: Callable[[str], None]
+) -> Generator[Batch, None, None]:
+    """Batches without their flags; each broken example is named once and counted.
+
+    Args:
+        batches: from `train_batches`.
+        source: the examples that they were made of.
+        limit: more broken examples than this end the run.
+        say: takes one sentence an example.
+
+    Raises:
+        DataError: the limit is passed.
+    """
+    found: set[int] = set()
+    with contextlib.closing(batches):
+        for batch in batches:
+            flags = batch.pop("broken")
+            for index in sorted(set(flags[flags >= 0].tolist()) - found):
+                found.add(index)
+                told = _why_broken(source, index)
+                if len(found) > limit:
+                    raise DataError(
+                        f"{len(found)} broken images are more than config.data.broken_limit="
+                        f"{limit} allows. The last one: {told}"
+                    )
+                say(f"Replaced a broken image, the run's {len(found)}. {told}")
+            yield batch
+
+
+def _why_broken(source: Source, index: int) -> str:
+    try:
+        source.examples[index]
+    except BrokenImageError as error:
+        return str(error)
+    return f"example {index} of {source.name!r}, which can be read now."
 
 
 def _eval_example(example: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:

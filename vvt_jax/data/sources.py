@@ -21,6 +21,10 @@ class DataError(UserError):
     """The data is missing or unsuitable; the message says in one sentence what can be done."""
 
 
+class BrokenImageError(DataError):
+    """An image that can't be decoded; the message names it."""
+
+
 class Examples(Protocol):
     """Random access: `examples[i]` is a dict with `image` and `label`."""
 

@@ -5,6 +5,16 @@ import jax.numpy as jnp
 import optax
 
 
+def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Softmax cross-entropy of each example: `[batch]`, float32, in nats.
+
+    Args:
+        logits: `[batch, num_classes]`.
+        targets: `[batch, num_classes]`, each example's shares of the classes.
+    """
+    return optax.softmax_cross_entropy(logits.astype(jnp.float32), targets)
+
+
 def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
     """Softmax cross-entropy of each example: `[batch]`, float32, in nats.
 
@@ -14,6 +24,4 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) 
         smoothing: part of the label that is spread evenly over all classes.
     """
     targets = jax.nn.one_hot(labels, logits.shape[-1])
-    return optax.softmax_cross_entropy(
-        logits.astype(jnp.float32), optax.smooth_labels(targets, smoothing)
-    )
+    return soft_cross_entropy(logits, optax.smooth_labels(targets, smoothing))

@@ -1,6 +1,6 @@
 """The state of a training run, and the step that updates it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from vvt_jax.data.preprocess import normalize
-from vvt_jax.recipe.losses import cross_entropy
+from vvt_jax.recipe import mixing
+from vvt_jax.recipe.losses import soft_cross_entropy
+from vvt_jax.recipe.optimizer import frozen
 
 
 @flax.struct.dataclass
@@ -71,31 +72,65 @@ def make_train_step(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
     *,
-    preprocessing: Mapping[str, Any],
-    label_smoothing: float,
-    ema_decay: float,
+    prepare: Callable[[Mapping[str, jax.Array], jax.Array], tuple[jax.Array, jax.Array]],
+    ema_decay: float = 0.0,
+    accumulate: int = 1,
+    freeze: Sequence[str] = (),
 ) -> Callable[[TrainState, Mapping[str, jax.Array]], TrainState]:
     """The update by one batch, a pure function for `jax.jit`.
 
     Batches are `image`, uint8 `[batch, height, width, 3]`, and `label`, int32 `[batch]`.
+
+    Args:
+        model: gives logits `[batch, num_classes]`.
+        optimizer: its state is the state's.
+        prepare: of a batch and a key makes normalised images and targets `[batch, num_classes]`,
+            see `mixing.prepare_batch`.
+        ema_decay: of the averaged weights, where the state has some.
+        accumulate: the batch goes through the model in so many parts, one after the other: the
+            same update as in one, to rounding, for models without dropout, in less memory.
+        freeze: parameters that get no gradient, see `optimizer.frozen`.
     """
 
     def train_step(state: TrainState, batch: Mapping[str, jax.Array]) -> TrainState:
         step = state.step + 1
         dropout = jax.random.fold_in(jax.random.key(state.seed), step)
-        images = normalize(batch["image"], preprocessing)
+        images, targets = prepare(batch, mixing.augmentation_key(state.seed, step))
 
-        def loss_of(params):
+        def loss_of(params, mutable, images, targets, key):
+            if freeze:
+                params = jax.tree.map(
+                    lambda fixed, p: jax.lax.stop_gradient(p) if fixed else p,
+                    frozen(params, freeze),
+                    params,
+                )
             logits, mutable = model.apply(
-                {"params": params, **state.mutable},
+                {"params": params, **mutable},
                 images,
                 train=True,
-                rngs={"dropout": dropout},
-                mutable=list(state.mutable),
+                rngs={"dropout": key},
+                mutable=list(mutable),
             )
-            return cross_entropy(logits, batch["label"], label_smoothing).mean(), mutable
+            return soft_cross_entropy(logits, targets).mean(), mutable
 
-        (loss, mutable), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        differentiate = jax.value_and_grad(loss_of, has_aux=True)
+        if accumulate == 1:
+            (loss, mutable), gradients = differentiate(
+                state.params, state.mutable, images, targets, dropout
+            )
+        else:
+
+            def add(carry, part):
+                loss, gradients, mutable = carry
+                (more, mutable), new = differentiate(state.params, mutable, *part)
+                return (loss + more, jax.tree.map(jnp.add, gradients, new), mutable), None
+
+            start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params), state.mutable)
+            parts = (_parts(images, accumulate), _parts(targets, accumulate))
+            keys = jax.random.split(dropout, accumulate)
+            (loss, gradients, mutable), _ = jax.lax.scan(add, start, (*parts, keys))
+            loss, gradients = jax.tree.map(lambda x: x / accumulate, (loss, gradients))
+
         grad_norm = optax.tree.norm(gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -112,3 +147,9 @@ def make_train_step(
         return TrainState(step, state.seed, params, mutable, opt_state, ema, totals)
 
     return train_step
+
+
+def _parts(array: jax.Array, parts: int) -> jax.Array:
+    """`[batch, ...]` -> `[parts, batch / parts, ...]`, part i of every so-manieth example: each
+    device that holds a piece of the batch then has a piece of every part."""
+    return array.reshape(-1, parts, *array.shape[1:]).swapaxes(0, 1)

@@ -1,0 +1,126 @@
+"""Starting weights from real folders and a real run: what is taken, what starts anew, what is said."""
+
+import json
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from vvt_jax import create_model, save_pretrained
+from vvt_jax.checkpoint import Best, CheckpointError, Checkpoints
+from vvt_jax.finetune import initial_variables
+from vvt_jax.recipe.optimizer import make_optimizer
+from vvt_jax.recipe.step import init_state
+from vvt_jax.weights import WeightsError, smallest_image
+
+_NAMES = tuple("abcdefghij")
+_FIELDS = {
+    "clip_norm": 1.0, "b1": 0.9, "b2": 0.99, "eps": 1e-8, "weight_decay": 0.05,
+    "layer_decay": 1.0, "freeze": (),
+}  # fmt: skip
+
+
+def _model(**fields):
+    return create_model("vvt_nano", **{"num_classes": 10, **fields})
+
+
+@pytest.fixture(scope="module")
+def variables():
+    """Of two different seeds: the given ones and the fresh ones."""
+    init = jax.jit(_model().init)
+    return [jax.device_get(init(jax.random.key(seed), smallest_image())) for seed in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def folder(variables, tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    save_pretrained(path, _model(), variables[0], {"class_names": list(_NAMES)})
+    return path
+
+
+def test_a_folder_of_the_same_classes_is_taken_whole(folder, variables):
+    taken, told = initial_variables(folder, _model(), variables[1], _NAMES)
+    chex.assert_trees_all_equal(taken, variables[0])
+    assert told == [f"Starts from {folder}."]
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (tuple("abc"), "The head starts anew: there were 10 classes, here are 3."),
+        (
+            (*"abcdefghi", "z"),
+            "The head starts anew: there were 10 classes, here are 10, of other names.",
+        ),
+    ],
+)
+def test_other_classes_get_a_new_head_and_are_told_so(folder, variables, names, words):
+    model = _model(num_classes=len(names))
+    fresh = jax.device_get(jax.jit(model.init)(jax.random.key(1), smallest_image()))
+    taken, told = initial_variables(folder, model, fresh, names)
+    assert told[1:] == [words]
+    chex.assert_trees_all_equal(taken["params"].pop("head"), fresh["params"]["head"])
+    body = {name: part for name, part in variables[0]["params"].items() if name != "head"}
+    chex.assert_trees_all_equal(taken["params"], body)
+
+
+def test_what_no_shape_tells_is_told(folder, variables):
+    _, told = initial_variables(
+        folder, _model(locality="none", num_heads=(1, 1, 4, 2)), variables[1], _NAMES
+    )
+    assert told[1:] == [
+        "Those weights were made with num_heads=[1, 1, 2, 2], and this run has [1, 1, 4, 2].",
+        "Those weights were made with locality='sum', and this run has 'none'.",
+    ]
+
+
+def _save_run(workdir, *, ema):
+    model = _model()
+    optimizer = make_optimizer(_FIELDS, lambda _: 1e-3)
+    state = jax.jit(
+        lambda seed: init_state(model, optimizer, (1, 32, 32, 3), seed, ema=ema)
+    )(3)
+    if ema:
+        state = state.replace(ema=jax.tree.map(lambda p: p + 1, state.params))
+    with Checkpoints(workdir / "checkpoints", keep=2) as checkpoints:
+        checkpoints.save(5, state, Best())
+    (workdir / "config.json").write_text(json.dumps({"model": {"name": "vvt_nano", "depths": None}}))
+    return state
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_a_run_gives_its_newest_weights_the_averaged_ones_first(tmp_path, variables, ema):
+    state = _save_run(tmp_path, ema=ema)
+    taken, told = initial_variables(tmp_path, _model(), variables[1], _NAMES)
+    chex.assert_trees_all_equal(taken["params"], state.ema if ema else state.params)
+    assert told == [f"Starts from {tmp_path}."]
+
+
+def test_weights_of_another_model_are_refused(folder, variables):
+    model = _model(embed_dims=(32, 48, 64, 96))
+    fresh = jax.eval_shape(model.init, jax.random.key(0), smallest_image())
+    with pytest.raises(WeightsError, match=r"config.init_from='.*': These weights are not the mod"):
+        initial_variables(folder, model, fresh, _NAMES)
+
+
+def test_nothing_to_start_from(tmp_path, variables):
+    with pytest.raises(WeightsError, match="is not a model folder: it has no readable config.json"):
+        initial_variables(tmp_path / "none", _model(), variables[1], _NAMES)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(WeightsError, match="has no checkpoint yet"):
+        initial_variables(tmp_path, _model(), variables[1], _NAMES)
+
+
+def test_a_damaged_run_is_refused(tmp_path, variables):
+    _save_run(tmp_path, ema=False)
+    book = tmp_path / "checkpoints" / "5" / "bookkeeping" / "metadata"
+    good = book.read_text()
+    book.write_text(good.replace('"checksum": ', '"checksum": 1'))
+    with pytest.raises(CheckpointError, match="is damaged"):
+        initial_variables(tmp_path, _model(), variables[1], _NAMES)
+    book.write_text(good)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(WeightsError, match=r"config.json is not a run's: 'model'"):
+        initial_variables(tmp_path, _model(), variables[1], _NAMES)
+    np.testing.assert_equal(len(list((tmp_path / "checkpoints").iterdir())), 1)

@@ -1,0 +1,92 @@
+"""Fine-tuning: the weights that a run starts from, out of a model folder or another run."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from vvt_jax.checkpoint import Checkpoints
+from vvt_jax.models import VVT, create_model
+from vvt_jax.models.vvt import model_fields
+from vvt_jax.pretrained import load_pretrained
+from vvt_jax.weights import WeightsError, check_arrays
+
+# What a model computes with the same weights in another way, so that no shape tells.
+_TELLING = ("num_heads", "locality", "attention", "clamp", "patch_strides")
+
+
+def initial_variables(
+    path: str | Path, model: VVT, fresh: Mapping[str, Any], class_names: Sequence[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """The variables to start from, and what has to be said about them.
+
+    The images' size is free, since no weight depends on it. The head stays the fresh one where the
+    classes are other ones.
+
+    Args:
+        path: a folder that `save_pretrained` wrote; or another run's workdir, for its newest
+            checkpoint (its averaged weights, if it has some).
+        model: that is trained.
+        fresh: its freshly initialised variables; the head is taken from them if need be.
+        class_names: of the data, in the order of the labels.
+
+    Returns:
+        Variables of the structure of `fresh`, and sentences for the log.
+
+    Raises:
+        WeightsError, CheckpointError: nothing to start from, or weights that don't fit the model.
+    """
+    given, source, names = _read(Path(path))
+    told = [f"Starts from {path}."]
+    for field in _TELLING:
+        there, here = (_as_json(model_fields(m)[field]) for m in (source, model))
+        if there != here:
+            told.append(f"Those weights were made with {field}={there!r}, and this run has {here!r}.")
+
+    expected = {name: np.shape(value) for name, value in flatten_dict(dict(fresh), sep="/").items()}
+    head = [name for name in expected if name.startswith("params/head/")]
+    other_classes = names is not None and tuple(names) != tuple(class_names)
+    other_shape = any(np.shape(given.get(name)) != expected[name] for name in head)
+    if other_classes or other_shape:
+        old = len(names) if names is not None else source.num_classes
+        told.append(
+            f"The head starts anew: there were {old} classes, here are "
+            f"{len(class_names)}{', of other names' if old == len(class_names) else ''}."
+        )
+        given = {k: v for k, v in given.items() if not k.startswith("params/head/")}
+        given |= {name: flatten_dict(dict(fresh), sep="/")[name] for name in head}
+    try:
+        check_arrays(given, expected)
+    except WeightsError as error:
+        raise WeightsError(f"config.init_from={str(path)!r}: {error}") from error
+    return unflatten_dict(given, sep="/"), told
+
+
+def _read(path: Path) -> tuple[dict[str, Any], VVT, Sequence[str] | None]:
+    """Arrays by name, the model they are of, and its classes' names where they are known."""
+    if not (path / "checkpoints").is_dir():
+        model, variables, card = load_pretrained(path)
+        return flatten_dict(variables, sep="/"), model, card.get("class_names")
+    with Checkpoints(path / "checkpoints", keep=None) as checkpoints:
+        if checkpoints.latest_step() is None:
+            raise WeightsError(f"config.init_from={str(path)!r} has no checkpoint yet.")
+        variables = checkpoints.restore_variables()
+    arrays = flatten_dict(variables, sep="/")
+    try:
+        fields = json.loads((path / "config.json").read_text(encoding="utf-8"))["model"]
+        fields = {name: value for name, value in fields.items() if value is not None}
+        classes = np.shape(arrays.get("params/head/bias", ()))
+        model = create_model(
+            fields.pop("name"), **{**fields, "num_classes": classes[0] if classes else 0}
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{path / 'config.json'} is not a run's: {error}.") from error
+    return arrays, model, None
+
+
+def _as_json(value: Any) -> Any:
+    """Lists and tuples alike as lists: JSON knows no tuples."""
+    return list(value) if isinstance(value, tuple) else value
