@@ -79,10 +79,15 @@ def color_jitter(
         rng: the source of randomness.
         strength: each of the three factors is even in `[max(0, 1 - strength), 1 + strength]`.
     """
-    factors = rng.uniform(max(0.0, 1 - strength), 1 + strength, size=3)
-    for index in rng.permutation(3):
-        image = _JITTERS[index](image).enhance(float(factors[index]))
+    for index, factor in _draw_jitter(rng, strength):
+        image = _JITTERS[index](image).enhance(factor)
     return image
+
+
+def _draw_jitter(rng: np.random.Generator, strength: float) -> list[tuple[int, float]]:
+    """The index into `_JITTERS` and the factor of each change, in the order of the changes."""
+    factors = rng.uniform(max(0.0, 1 - strength), 1 + strength, size=3).tolist()
+    return [(index, factors[index]) for index in rng.permutation(3).tolist()]
 
 
 def random_shift(image: np.ndarray, rng: np.random.Generator, pixels: int) -> np.ndarray:
