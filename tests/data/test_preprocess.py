@@ -1,6 +1,9 @@
 """The deterministic preprocessing: sizes, colours, positions, and refusals."""
 
 import io
+import json
+import pathlib
+import runpy
 
 import chex
 import jax
@@ -12,6 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vvt_jax.data import preprocess
+
+_FOLDER = pathlib.Path(__file__).parent
+_MAKER = runpy.run_path(str(_FOLDER / "make_timm_fixtures.py"))
+_FIXTURES = dict(np.load(_FOLDER / "timm.npz"))
+_META = json.loads(bytes(_FIXTURES["meta"]))
 
 
 def _record(size=(32, 32), crop_fraction=1.0, interpolation="bilinear"):
@@ -117,6 +125,19 @@ def test_eval_image_follows_timm(source, size, crop_fraction, resized):
     expected = np.asarray(image)[top : top + size[0], left : left + size[1]]
     given_image = preprocess.eval_image(pixels, _record(size, crop_fraction, "bicubic"))
     np.testing.assert_array_equal(given_image, expected)
+
+
+@pytest.mark.parametrize("case", range(len(_META["evaluation"])))
+def test_eval_image_equals_timm(case):
+    shape, size, crop_fraction = _META["evaluation"][case]
+    image = preprocess.eval_image(
+        _MAKER["picture"](*shape), _record(size, crop_fraction, "bicubic")
+    )
+    digest, sample = _MAKER["fingerprint"](image)
+    versions = f"made with Pillow {_META['versions']['pillow']}, tested with {PIL.__version__}"
+    expected = _FIXTURES["evaluation_sample"][case]
+    np.testing.assert_array_equal(sample, expected, err_msg=versions)
+    np.testing.assert_array_equal(digest, _FIXTURES["evaluation_sha256"][case], err_msg=versions)
 
 
 def test_eval_image_at_its_own_size_changes_nothing():

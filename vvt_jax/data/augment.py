@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+from PIL import ImageEnhance
 
-from vvt_jax.data import preprocess
+from vvt_jax.data import preprocess, randaugment
 
 CROPS = ("resize", "random_resized_crop")
-_FIELDS = ("crop", "min_scale", "flip", "shift")
+_FIELDS = ("crop", "min_scale", "flip", "shift", "randaugment", "color_jitter")
+_JITTERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 
 
 def random_resized_crop(
@@ -62,9 +64,30 @@ def _random_box(
     return (image_width - width) // 2, (image_height - height) // 2, width, height
 
 
-def random_flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Mirrors left and right in half of all cases; `[height, width, channels]`."""
-    return image[:, ::-1] if rng.random() < 0.5 else image
+def random_flip(image: PIL.Image.Image, rng: np.random.Generator) -> PIL.Image.Image:
+    """Mirrors left and right in half of all cases; the image itself in the others."""
+    return image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image
+
+
+def color_jitter(
+    image: PIL.Image.Image, rng: np.random.Generator, strength: float
+) -> PIL.Image.Image:
+    """Changes brightness, contrast and saturation in a random order, as torchvision does.
+
+    Args:
+        image: an RGB image.
+        rng: the source of randomness.
+        strength: each of the three factors is even in `[max(0, 1 - strength), 1 + strength]`.
+    """
+    for index, factor in _draw_jitter(rng, strength):
+        image = _JITTERS[index](image).enhance(factor)
+    return image
+
+
+def _draw_jitter(rng: np.random.Generator, strength: float) -> list[tuple[int, float]]:
+    """The index into `_JITTERS` and the factor of each change, in the order of the changes."""
+    factors = rng.uniform(max(0.0, 1 - strength), 1 + strength, size=3).tolist()
+    return [(index, factors[index]) for index in rng.permutation(3).tolist()]
 
 
 def random_shift(image: np.ndarray, rng: np.random.Generator, pixels: int) -> np.ndarray:
@@ -96,6 +119,10 @@ def check_augment(augment: Mapping[str, Any]) -> None:
         raise ValueError(f"`min_scale` must be above 0 and at most 1, not {augment['min_scale']}.")
     if augment["shift"] < 0:
         raise ValueError(f"`shift` must be 0 pixels or more, not {augment['shift']}.")
+    if augment["randaugment"]:
+        randaugment.parse(augment["randaugment"])
+    if not 0 <= augment["color_jitter"] < math.inf:
+        raise ValueError(f"`color_jitter` must be 0 or more, not {augment['color_jitter']}.")
 
 
 def train_image(
@@ -107,33 +134,54 @@ def train_image(
     """One image as training sees it.
 
     Args:
-        image: as for `preprocess.to_rgb`.
+        image: as for `preprocess.to_rgb`. A PIL image that is not decoded yet is decoded here.
         rng: the source of randomness.
-        record: the preprocessing record, which gives the size and the interpolation.
-        augment: `crop`, `"resize"` (as in evaluation) or `"random_resized_crop"`; `min_scale`, the
-            smallest part of the image's area that a random crop shows; `flip`, whether half of the
-            images are mirrored; `shift`, the largest shift, in pixels of the model's input.
+        record: the preprocessing record, which gives the size, the interpolation and, as its mean,
+            the colour of what RandAugment moves in.
+        augment: what to do, in this order; `check_augment` checks it, once for all images. `crop`,
+            `"resize"` (as in evaluation) or `"random_resized_crop"`; `min_scale`, the smallest part
+            of the image's area that a random crop shows; `flip`, whether half of the images are
+            mirrored; `randaugment`, a specification for `randaugment.parse` (`""`: none);
+            `color_jitter`, the strength of `color_jitter` (0: none), which acts only where
+            `randaugment` is empty; `shift`, the largest shift, in pixels of the model's input.
 
     Returns:
-        uint8 `[height, width, 3]` of the record's size.
+        uint8 `[height, width, 3]` of the record's size; it may be read-only.
 
     Raises:
-        ValueError: the image, the record or `augment` is unsuitable.
+        ValueError: the image is unsuitable.
     """
-    check_augment(augment)
     if augment["crop"] == "resize":
-        pixels = preprocess.eval_image(image, record)
+        changed = PIL.Image.fromarray(preprocess.eval_image(image, record))
     else:
-        cropped = random_resized_crop(
-            preprocess.to_rgb(image),
+        changed = random_resized_crop(
+            _as_rgb(image),
             rng,
             tuple(record["size"]),
             record["interpolation"],
             scale=(augment["min_scale"], 1.0),
         )
-        pixels = np.asarray(cropped)
     if augment["flip"]:
-        pixels = random_flip(pixels, rng)
+        changed = random_flip(changed, rng)
+    if augment["randaugment"]:
+        red, green, blue = (min(255, round(255 * value)) for value in record["mean"])
+        changed = randaugment.randaugment(
+            changed,
+            rng,
+            randaugment.parse(augment["randaugment"]),
+            fill=(red, green, blue),
+            interpolation=record["interpolation"],
+        )
+    elif augment["color_jitter"]:
+        changed = color_jitter(changed, rng, augment["color_jitter"])
+    pixels = np.asarray(changed)
     if augment["shift"]:
-        pixels = random_shift(pixels, rng, augment["shift"])
-    return np.ascontiguousarray(pixels)
+        pixels = np.ascontiguousarray(random_shift(pixels, rng, augment["shift"]))
+    return pixels
+
+
+def _as_rgb(image: PIL.Image.Image | np.ndarray) -> PIL.Image.Image:
+    # `convert` would copy the whole image, of which only a part is needed.
+    if isinstance(image, PIL.Image.Image) and image.mode == "RGB":
+        return image
+    return preprocess.to_rgb(image)
