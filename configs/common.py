@@ -74,6 +74,7 @@ def get_config(_: str = "") -> ConfigDict:
     config.data.std = (0.229, 0.224, 0.225)
     config.data.workers = 0  # processes that read and augment; 0: threads of this one
     config.data.threads = 8  # a process
+    config.data.broken_limit = 10  # images that can't be decoded, replaced before the run gives up
 
     config.augment = ConfigDict()
     config.augment.crop = "random_resized_crop"  # or "resize": as in evaluation

@@ -10,6 +10,7 @@ import jax
 import pytest
 
 ROOT = Path(__file__).parent.parent
+CLOCKED = ("train/images_per_second", "train/data_wait")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -80,14 +81,17 @@ def run(compilation_cache):
 
 
 @pytest.fixture(scope="session")
+def clocked():
+    """Measurements that no two runs share."""
+    return CLOCKED
+
+
+@pytest.fixture(scope="session")
 def read_metrics():
     """The lines of a run's metrics.jsonl, without what depends on the clock."""
 
     def read(workdir: Path) -> list[dict]:
         lines = (workdir / "metrics.jsonl").read_text().splitlines()
-        return [
-            {k: v for k, v in json.loads(line).items() if k != "train/images_per_second"}
-            for line in lines
-        ]
+        return [{k: v for k, v in json.loads(line).items() if k not in CLOCKED} for line in lines]
 
     return read

@@ -164,7 +164,7 @@ def test_a_new_folder_gets_the_config(tmp_path):
     config = _config()
     settle(config, tmp_path / "deep" / "run")
     written = json.loads((tmp_path / "deep" / "run" / "config.json").read_text())
-    assert written["optimizer"] == config.optimizer.to_dict()
+    assert written["optimizer"] == {**config.optimizer.to_dict(), "freeze": []}
     assert written["data"]["size"] == [32, 32]
     assert [path.name for path in (tmp_path / "deep" / "run").iterdir()] == ["config.json"]
 
@@ -191,10 +191,13 @@ _FREE_CHANGES = {
     "mesh__spatial": 2,
     "data__workers": 3,
     "data__threads": 1,
-    "log_every_steps": 7,
-    "eval_every_steps": 7,
-    "checkpoint_every_steps": 7,
-    "eval_every_epochs": 1.5,
+    **{
+        f"{what}_every_{unit}": value
+        for what in ("log", "eval", "checkpoint")
+        for unit, value in (("steps", 7), ("examples", 7), ("epochs", 1.5))
+    },
+    "eval_sets": ["imagenet_a"],
+    "profile_steps": 7,
     "keep_checkpoints": 7,
     "compilation_cache": "",
     "data__broken_limit": 7,
@@ -205,7 +208,9 @@ _FREE_CHANGES = {
 @pytest.mark.parametrize("field", _FREE_CHANGES)
 def test_what_does_not_alter_the_updates_may_change(tmp_path, field):
     settle(_config(), tmp_path)
-    settle(_config(**{field: _FREE_CHANGES[field]}), tmp_path)
+    config = _config()
+    config.update_from_flattened_dict({field.replace("__", "."): _FREE_CHANGES[field]})
+    settle(config, tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
     for part in field.split("__"):
         written = written[part]

@@ -200,9 +200,10 @@ def test_to_devices_draws_few_batches_ahead():
 # Unoptimised, since compiling takes longest here. Without the published clamp: it has no gradient
 # where it acts, so an element that rounding flips there would change gradients by far more.
 _GRADIENTS = """
-    import json, jax, jax.numpy as jnp, numpy as np, optax
+    import functools, json, jax, jax.numpy as jnp, numpy as np, optax
     import vvt_jax
     from vvt_jax import parallel
+    from vvt_jax.recipe.mixing import prepare_batch
     from vvt_jax.recipe.optimizer import make_optimizer
     from vvt_jax.recipe.step import init_state, make_train_step
     from configs import common
@@ -213,10 +214,12 @@ _GRADIENTS = """
     )
     fields = common.get_config().optimizer.to_dict()
     optimizer = make_optimizer(fields, lambda step: 1e-3)
-    step = make_train_step(
-        model, optimizer, preprocessing={"mean": [0.5] * 3, "std": [0.5] * 3},
-        label_smoothing=0.1, ema_decay=0.0,
+    augment = {**common.get_config().augment, "mixup": 0.8, "cutmix": 1.0, "erase": 0.25}
+    prepare = functools.partial(
+        prepare_batch, preprocessing={"mean": [0.5] * 3, "std": [0.5] * 3}, augment=augment,
+        label_smoothing=0.1, num_classes=10,
     )
+    step = make_train_step(model, optimizer, prepare=prepare)
     options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     init = jax.jit(
         lambda: init_state(model, optimizer, (1, 256, 32, 3), 0, ema=False),

@@ -44,12 +44,14 @@ def initial_variables(
     for field in _TELLING:
         there, here = (_as_json(model_fields(m)[field]) for m in (source, model))
         if there != here:
-            told.append(f"Those weights were made with {field}={there!r}, and this run has {here!r}.")
+            told.append(
+                f"Those weights were made with {field}={there!r}, and this run has {here!r}."
+            )
 
     expected = {name: np.shape(value) for name, value in flatten_dict(dict(fresh), sep="/").items()}
     head = [name for name in expected if name.startswith("params/head/")]
     other_classes = names is not None and tuple(names) != tuple(class_names)
-    other_shape = any(np.shape(given.get(name)) != expected[name] for name in head)
+    other_shape = any(name not in given or np.shape(given[name]) != expected[name] for name in head)
     if other_classes or other_shape:
         old = len(names) if names is not None else source.num_classes
         told.append(

@@ -187,7 +187,9 @@ class _Run:
             return max(1, steps)
 
         self.total_steps: int = in_steps(config, "total")
-        self._cadences = [in_steps(config, f"{name}_every") for name in ("log", "eval", "checkpoint")]
+        self._cadences = [
+            in_steps(config, f"{name}_every") for name in ("log", "eval", "checkpoint")
+        ]
         self._schedule = make_schedule(
             config.optimizer,
             self.total_steps,
@@ -319,7 +321,7 @@ class _Run:
     def train_batches(
         self, start_step: int, say: Callable[[str], None]
     ) -> Generator[dict[str, np.ndarray], None, None]:
-        """The endless stream of training batches from that step on; `say` tells of broken images."""
+        """The endless stream of batches from that step on; `say` is told of broken images."""
         source, data = self._sources["train"], self._config.data
         batches = train_batches(
             source,
@@ -368,7 +370,9 @@ class _Run:
     @functools.cached_property
     def _flops_per_image(self) -> int:
         """Of a training step: 2 a multiply-add, 3 forward passes' worth."""
-        return 6 * sum(layer.published for layer in costs.count(self._model, *self._config.data.size))
+        return 6 * sum(
+            layer.published for layer in costs.count(self._model, *self._config.data.size)
+        )
 
     def evaluate(self, state: TrainState, part: str, prefix: str) -> dict[str, float]:
         """Measurements on a part of the data, none where the config names no split for it."""

@@ -4,8 +4,8 @@
 
 `sizes` and `resolution` count (seconds). `pixels` compiles and times vvt_tiny's forward pass on
 this machine, which should do nothing else (under 10 minutes on two cores). `chip` compiles for a
-TPU v5e (half an hour) and needs the extra `tpu`. Each part writes its JSON when it is done, and draws
-from it.
+TPU v5e (half an hour) and needs the extra `tpu`. Each part writes its JSON when it is done, and
+draws from it.
 """
 
 import dataclasses

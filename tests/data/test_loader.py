@@ -25,8 +25,9 @@ _RECORD = {
     "mean": [0.5, 0.5, 0.5],
     "std": [0.5, 0.5, 0.5],
 }
-_EXACT = {"crop": "resize", "min_scale": 1.0, "flip": False, "shift": 0}
-_RANDOM = {"crop": "random_resized_crop", "min_scale": 0.08, "flip": True, "shift": 1}
+_PLAIN = {"randaugment": "", "color_jitter": 0.0}
+_EXACT = {"crop": "resize", "min_scale": 1.0, "flip": False, "shift": 0} | _PLAIN
+_RANDOM = {"crop": "random_resized_crop", "min_scale": 0.08, "flip": True, "shift": 1} | _PLAIN
 
 
 class _Numbered:

@@ -1,6 +1,7 @@
 """The update: what it computes, carries, remembers and gives up, on a net of a few parameters."""
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -11,10 +12,16 @@ import pytest
 from flax import linen as nn
 
 from vvt_jax.recipe.losses import cross_entropy
+from vvt_jax.recipe.mixing import augmentation_key, prepare_batch
 from vvt_jax.recipe.step import init_state, make_train_step
 
 _RECORD = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25]}
 _CLASSES = 4
+_NO_AUGMENT = {"mixup": 0.0, "cutmix": 0.0, "erase": 0.0}
+_MIXED = {"mixup": 0.8, "cutmix": 1.0, "erase": 0.5} | {
+    "mix_probability": 1.0,
+    "cutmix_probability": 0.5,
+}
 
 
 class Plain(nn.Module):
@@ -59,16 +66,26 @@ def _normalised(batch):
     )
 
 
-def _make(model=None, *, seed=0, ema_decay=0.0, label_smoothing=0.0, optimizer=None):
+def _make(
+    model=None,
+    *,
+    seed=0,
+    ema_decay=0.0,
+    label_smoothing=0.0,
+    optimizer=None,
+    augment=_NO_AUGMENT,
+    **options,
+):
     model, optimizer = model or Plain(), optimizer or optax.sgd(0.1)
     state = init_state(model, optimizer, (1, 2, 2, 3), seed, ema=ema_decay > 0)
-    step = make_train_step(
-        model,
-        optimizer,
+    prepare = functools.partial(
+        prepare_batch,
         preprocessing=_RECORD,
+        augment=augment,
         label_smoothing=label_smoothing,
-        ema_decay=ema_decay,
+        num_classes=_CLASSES,
     )
+    step = make_train_step(model, optimizer, prepare=prepare, ema_decay=ema_decay, **options)
     return jax.jit(step), state
 
 
@@ -102,6 +119,59 @@ def test_label_smoothing_reaches_the_loss():
         step, state = _make(label_smoothing=smoothing)
         losses.append(float(step(state, _batch()).totals.loss))
     assert abs(losses[0] - losses[1]) > 1e-3
+
+
+@pytest.mark.parametrize("augment", [_NO_AUGMENT, _MIXED], ids=["as they are", "mixed"])
+@pytest.mark.parametrize("accumulate", [2, 3, 6])
+def test_parts_of_a_batch_make_the_same_update_as_all_of_it(accumulate, augment):
+    optimizer = optax.adamw(1e-2)
+    whole, state = _make(optimizer=optimizer, label_smoothing=0.1, augment=augment)
+    parts, _ = _make(
+        optimizer=optimizer, label_smoothing=0.1, augment=augment, accumulate=accumulate
+    )
+    expected = new = state
+    for seed in range(3):
+        expected, new = whole(expected, _batch(seed)), parts(new, _batch(seed))
+    chex.assert_trees_all_close(new.params, expected.params, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(new.totals, expected.totals, rtol=1e-5)
+
+
+def test_parts_carry_batch_statistics_on():
+    step, state = _make(Noisy(), accumulate=3)
+    batch = _batch()
+    dense, mean = state.params["Dense_0"], 0.0
+    inputs = _normalised(batch).reshape(6, -1) @ dense["kernel"] + dense["bias"]
+    for part in range(3):
+        mean = 0.9 * mean + 0.1 * inputs[part::3].mean(0)
+    carried = step(state, batch).variables()["batch_stats"]["BatchNorm_0"]["mean"]
+    np.testing.assert_allclose(carried, mean, rtol=1e-4, atol=1e-6)
+
+
+def test_the_batch_is_prepared_by_seed_and_step():
+    step, state = _make(augment=_MIXED)
+    state = dataclasses.replace(state, step=jnp.asarray(4, jnp.int32))
+    images, targets = prepare_batch(
+        _batch(),
+        augmentation_key(0, 5),
+        preprocessing=_RECORD,
+        augment=_MIXED,
+        label_smoothing=0.0,
+        num_classes=_CLASSES,
+    )
+    logits = Plain().apply({"params": state.params}, images)
+    expected = optax.softmax_cross_entropy(logits, targets).mean()
+    np.testing.assert_allclose(step(state, _batch()).totals.loss, expected, rtol=1e-5)
+
+
+def test_frozen_parameters_get_no_gradient():
+    frozen, state = _make(Noisy(), freeze=("Dense_0", "BatchNorm"))
+    free, _ = _make(Noisy())
+    new = frozen(state, _batch())
+    for name in ("Dense_0", "BatchNorm_0"):
+        chex.assert_trees_all_equal(new.params[name], state.params[name])
+    whole = free(state, _batch())
+    chex.assert_trees_all_close(new.params["Dense_1"], whole.params["Dense_1"], rtol=1e-6)
+    assert new.totals.grad_norm < whole.totals.grad_norm
 
 
 def test_initial_state_follows_from_the_seed():
