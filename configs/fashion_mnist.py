@@ -15,7 +15,7 @@ from configs import common
 def get_config(_: str = "") -> ConfigDict:
     config = common.get_config()
     config.batch_size = 128
-    config.total_epochs = 24.0
+    config.total_epochs = 16.0
     config.log_every_steps = 100
     config.eval_every_epochs = 4.0
     config.checkpoint_every_epochs = 1.0

@@ -180,10 +180,10 @@ class _Run:
             stride=math.prod(self._model.patch_strides),
         )
 
-        images = len(sources["train"].examples)
+        examples = len(sources["train"].examples)
 
         def in_steps(fields: ConfigDict, name: str) -> int:
-            steps = configuration.in_steps(fields, name, config.batch_size, images, default=1.0)
+            steps = configuration.in_steps(fields, name, config.batch_size, examples, default=1.0)
             return max(1, steps)
 
         self.total_steps: int = in_steps(config, "total")
@@ -193,7 +193,7 @@ class _Run:
         self._schedule = make_schedule(
             config.optimizer,
             self.total_steps,
-            configuration.in_steps(config.optimizer, "warmup", config.batch_size, images),
+            configuration.in_steps(config.optimizer, "warmup", config.batch_size, examples),
             config.batch_size,
         )
         optimizer = make_optimizer(config.optimizer, self._schedule)
@@ -205,7 +205,10 @@ class _Run:
             (1, *data.size, 3),
             ema=config.optimizer.ema_decay > 0,
         )
-        with _naming("config.data.size or config.optimizer.freeze"):
+        with _naming("config.data.size"):
+            images = jax.ShapeDtypeStruct((1, *data.size, 3), np.float32)
+            jax.eval_shape(self._model.init, jax.random.key(0), images)
+        with _naming("config.optimizer.freeze"):
             shapes = jax.eval_shape(self._init, config.seed)
         self._shardings = parallel.state_shardings(self.mesh, shapes)
         self.abstract_state = parallel.abstract(self._shardings, shapes)
