@@ -2,8 +2,10 @@
 
 import json
 import os
+import struct
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -95,3 +97,18 @@ def read_metrics():
         return [{k: v for k, v in json.loads(line).items() if k not in CLOCKED} for line in lines]
 
     return read
+
+
+@pytest.fixture(scope="session")
+def write_tfrecord():
+    """Writes records into a file as TensorFlow does."""
+    from vvt_jax.data.tfrecord import masked_crc
+
+    def write(path: Path, records: Iterable[bytes]) -> None:
+        with path.open("wb") as file:
+            for data in records:
+                length = struct.pack("<Q", len(data))
+                file.write(length + struct.pack("<I", masked_crc(length)))
+                file.write(data + struct.pack("<I", masked_crc(data)))
+
+    return write

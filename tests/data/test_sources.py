@@ -17,6 +17,7 @@ import pytest
 
 from vvt_jax.data import sources
 
+ArrayRecordReader = pytest.importorskip("array_record.python.array_record_module").ArrayRecordReader
 tfds = pytest.importorskip("tensorflow_datasets")
 
 
@@ -129,15 +130,13 @@ def test_tfds_examples(data_dir):
     for i in range(40):
         example = pickle.loads(pickle.dumps(source)).examples[i] if i < 3 else source.examples[i]
         assert set(example) == {"image", "label"}
-        height, width, channels = example["image"].shape
+        width, height = example["image"].size
         index = width - 16
-        assert (height, channels, example["image"].dtype) == (12, 3, np.uint8)
+        assert (height, example["image"].mode) == (12, "RGB")
         assert example["label"] == index % 3
         assert isinstance(example["label"], int)
         colour = (index,) * 3 if index % 4 == 0 else _colour(index)
-        np.testing.assert_array_equal(
-            example["image"], np.broadcast_to(np.uint8(colour), example["image"].shape)
-        )
+        assert example["image"].getcolors() == [(width * height, colour)]
         seen.add(index)
     assert seen == set(range(40))
 
@@ -145,7 +144,7 @@ def test_tfds_examples(data_dir):
 def test_tfds_split_slices_are_disjoint_and_complete(data_dir):
     def widths(split):
         examples = sources.open_source("tfds:small_squares", split, data_dir=data_dir).examples
-        return [examples[i]["image"].shape[1] for i in range(len(examples))]
+        return [examples[i]["image"].width for i in range(len(examples))]
 
     assert len(widths("train[:90%]")) == 36
     assert widths("train[:90%]") + widths("train[90%:]") == widths("train")
@@ -165,7 +164,7 @@ import tensorflow_datasets as tfds
 
 assert "small_squares" not in tfds.list_builders(with_community_datasets=False)
 source = sources.open_source("tfds:small_squares", "train[:50%]", data_dir={data_dir!r})
-print(len(source.examples), source.examples[7]["image"].shape[0], "tensorflow" in sys.modules)
+print(len(source.examples), source.examples[7]["image"].height, "tensorflow" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -216,22 +215,97 @@ print(len(sources.open_source("tfds:small_squares", "train").examples))
 def test_parquet_is_refused(tmp_path):
     _prepare(SmallSquares, tmp_path, "parquet")
     sentence = _refusal("tfds:small_squares", data_dir=str(tmp_path))
-    assert "prepared as parquet" in sentence
+    assert "prepared as parquet (its reader loses rows), but" in sentence
     assert "vvt_jax.prepare small_squares" in sentence
 
 
-def test_tfrecord_is_refused(tmp_path, data_dir):
-    # tfds writes TFRecord only with TensorFlow; what tells the format is the data set's own record.
-    shutil.copytree(f"{data_dir}/small_squares", tmp_path / "small_squares")
-    folder = tmp_path / "small_squares" / "1.0.0"
+@pytest.fixture(scope="module")
+def tfrecord_dir(tmp_path_factory, data_dir, write_tfrecord):
+    """The same examples in TFRecord, in three files: tfds itself would want TensorFlow for it."""
+    root = tmp_path_factory.mktemp("tfrecord")
+    shutil.copytree(f"{data_dir}/small_squares", root / "small_squares")
+    folder = root / "small_squares" / "1.0.0"
     info = json.loads((folder / "dataset_info.json").read_text())
     info["fileFormat"] = "tfrecord"
+    (split,) = [split for split in info["splits"] if split["name"] == "train"]
+    split["shardLengths"] = ["15", "5", "20"]
     (folder / "dataset_info.json").write_text(json.dumps(info))
+    (file,) = folder.glob("*-train.array_record*")
+    reader = ArrayRecordReader(str(file))
+    records = reader.read_all()
+    reader.close()
+    for number, (start, end) in enumerate([(0, 15), (15, 20), (20, 40)]):
+        name = f"small_squares-train.tfrecord-{number:05}-of-00003"
+        write_tfrecord(folder / name, records[start:end])
     for file in list(folder.glob("*.array_record*")):
-        file.rename(folder / file.name.replace("array_record", "tfrecord"))
-    sentence = _refusal("tfds:small_squares", data_dir=str(tmp_path))
-    assert "prepared as tfrecord" in sentence
-    assert "array_record" in sentence
+        file.unlink()
+    return str(root)
+
+
+@pytest.mark.parametrize("split", ["train", "train[:40%]", "train[13:22]", "train[90%:]+train[:1]"])
+def test_tfrecord_gives_the_same_examples(tfrecord_dir, data_dir, tmp_path, split):
+    opened = [
+        sources.open_source("tfds:small_squares", split, data_dir=root, cache_dir=tmp_path / "c")
+        for root in (data_dir, tfrecord_dir)
+    ]
+    expected, found = (
+        [source.examples[i] for i in range(len(source.examples))] for source in opened
+    )
+    assert opened[1].class_names == ("red", "green", "blue")
+    assert len(found) == len(expected) > 0
+    for a, b in zip(found, expected, strict=True):
+        assert a["label"] == b["label"]
+        np.testing.assert_array_equal(np.asarray(a["image"]), np.asarray(b["image"]))
+    assert len(list((tmp_path / "c").iterdir())) == 1
+    copy = pickle.loads(pickle.dumps(opened[1]))
+    assert copy.examples[0]["label"] == found[0]["label"]
+
+
+def test_tfrecord_that_misses_a_file_is_refused(tfrecord_dir, tmp_path):
+    shutil.copytree(tfrecord_dir, tmp_path / "copy")
+    (file,) = (tmp_path / "copy").rglob("*train*-00001-of-*")
+    file.unlink()
+    sentence = _refusal("tfds:small_squares", data_dir=str(tmp_path / "copy"))
+    assert f"{file} can't be read: No such file or directory." in sentence
+
+
+def test_tfrecord_without_its_split(tfrecord_dir):
+    assert "has no split 'valid'" in _refusal("tfds:small_squares", "valid", tfrecord_dir)
+
+
+class Broken(SmallSquares):
+    """The third image is cut in half; a file name is known."""
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "label": tfds.features.ClassLabel(names=["red", "green", "blue"]),
+            "file_name": tfds.features.Text(),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+        )
+
+    def _generate_examples(self, count, label=None):
+        for index in range(4):
+            file = io.BytesIO()
+            noise = np.random.default_rng(index).integers(256, size=(30, 30, 3), dtype=np.uint8)
+            PIL.Image.fromarray(noise).save(file, "PNG")
+            if index == 2:
+                file.truncate(600)
+            file.seek(0)
+            yield index, {"image": file, "label": 0, "file_name": f"n01_{index}.JPEG"}
+
+
+def test_a_broken_image_is_named(tmp_path):
+    _prepare(Broken, tmp_path, "array_record")
+    examples = sources.open_source("tfds:broken", "train", data_dir=str(tmp_path)).examples
+    assert examples[1]["image"].size == (30, 30)
+    with pytest.raises(sources.BrokenImageError) as refused:
+        examples[2]
+    assert str(refused.value).startswith(
+        "Image 2 of 'tfds:broken', split 'train' (n01_2.JPEG) can't be decoded: "
+    )
 
 
 @pytest.mark.parametrize(

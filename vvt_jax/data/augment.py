@@ -155,7 +155,7 @@ def train_image(
         changed = PIL.Image.fromarray(preprocess.eval_image(image, record))
     else:
         changed = random_resized_crop(
-            _as_rgb(image),
+            preprocess.to_rgb(image),
             rng,
             tuple(record["size"]),
             record["interpolation"],
@@ -178,10 +178,3 @@ def train_image(
     if augment["shift"]:
         pixels = np.ascontiguousarray(random_shift(pixels, rng, augment["shift"]))
     return pixels
-
-
-def _as_rgb(image: PIL.Image.Image | np.ndarray) -> PIL.Image.Image:
-    # `convert` would copy the whole image, of which only a part is needed.
-    if isinstance(image, PIL.Image.Image) and image.mode == "RGB":
-        return image
-    return preprocess.to_rgb(image)

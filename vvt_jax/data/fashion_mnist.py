@@ -24,7 +24,7 @@ CLASS_NAMES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
     "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
-_FILES = {
+FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
@@ -94,10 +94,10 @@ with registered.skip_registration():  # the name is taken by tfds's own
 
         def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
             del dl_manager
-            return {split: self._generate_examples(split) for split in _FILES}
+            return {split: self._generate_examples(split) for split in FILES}
 
         def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-            images, labels = (read_idx(self._folder, name) for name in _FILES[split])
+            images, labels = (read_idx(self._folder, name) for name in FILES[split])
             if images.shape != (len(labels), 28, 28) or labels.max(initial=0) > 9:
                 raise DataError(
                     f"The {split} files in {self._folder} are not Fashion-MNIST's: images "

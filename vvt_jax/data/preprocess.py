@@ -69,6 +69,8 @@ def to_rgb(image: PIL.Image.Image | np.ndarray) -> PIL.Image.Image:
         ValueError: another type or shape, or a PIL image whose range of values isn't known.
     """
     if isinstance(image, PIL.Image.Image):
+        if image.mode == "RGB":
+            return image  # `convert` would copy it; transparency of this mode is one colour's
         if image.mode.startswith("I;16"):
             # Pillow would clip 16 bits to 8, leaving a white image.
             return PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")

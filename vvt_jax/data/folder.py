@@ -1,0 +1,110 @@
+"""Images in folders: a sub-folder for each class."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vvt_jax.data import sources
+from vvt_jax.data.sources import DataError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+_NAMES = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
+_SPLIT = re.compile(r"(\w+)(?:\[(?:(\d+)(%?))?:(?:(\d+)(%?))?\])?")
+_ORDER_SEED = 0  # of the order that parts of a split are cut from
+
+
+class _FolderExamples:
+    """Files, decoded when they are asked for and turned upright as cameras say."""
+
+    def __init__(self, files: Sequence[tuple[str, int]]):
+        self._paths = np.array([path for path, _ in files])  # quick to hand to worker processes
+        self._labels = np.array([label for _, label in files], np.int32)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        path = str(self._paths[index])
+        image = sources.decode(path, path, upright=True)
+        return {"image": image, "label": int(self._labels[index])}
+
+
+def open_folder(split: str, data_dir: str | None) -> sources.Source:
+    """A split of a folder; see `sources.open_source`.
+
+    Classes are the sub-folders' names, sorted; those of `train` where there are several splits.
+    Parts of a split, such as `train[:90%]` and `train[90%:]`, are cut from a fixed random order, so
+    that each has all classes.
+    """
+    if not data_dir:
+        raise DataError("The source 'folder' needs config.data.data_dir, the folder of the images.")
+    root = Path(data_dir).expanduser()
+    if not (found := _SPLIT.fullmatch(split)):
+        raise DataError(f"{split!r} is no split: write train, train[:90%] or train[100:].")
+    name, first, first_percent, last, last_percent = found.groups()
+    name = "validation" if name == "val" else name
+    places = _split_folders(root)
+    if name not in places:
+        raise DataError(f"{root} has no split {name!r}: it has {', '.join(places)}.")
+    classes = _sub_folders(places["train"])
+    files = _list(places[name], classes)
+    if not files:
+        kinds = ", ".join(suffix[1:] for suffix in SUFFIXES)
+        raise DataError(f"{places[name]} has no images in class folders ({kinds}).")
+    if "[" in split:
+        start = _count(first, first_percent, len(files), 0)
+        stop = _count(last, last_percent, len(files), len(files))
+        order = np.random.default_rng(_ORDER_SEED).permutation(len(files))
+        files = [files[i] for i in sorted(order[start:stop])]
+    return sources.Source(_FolderExamples(files), tuple(classes), "folder", split)
+
+
+def _split_folders(root: Path) -> dict[str, Path]:
+    """The folder of each split; the root itself is `train` where it has no such sub-folder."""
+    subs = _sub_folders(root)
+    if "train" not in subs:
+        return {"train": root}
+    return {
+        split: root / folder
+        for split, folders in _NAMES.items()
+        for folder in folders
+        if folder in subs
+    }
+
+
+def _sub_folders(folder: Path) -> list[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"{folder} can't be read: {error.strerror}.") from error
+
+
+def _list(folder: Path, classes: Sequence[str]) -> list[tuple[str, int]]:
+    """(path, label) of every image, by class and name."""
+    labels = {name: label for label, name in enumerate(classes)}
+    files = []
+    for name in _sub_folders(folder):
+        if name not in labels:
+            raise DataError(f"{folder / name} is a class that the training images lack.")
+        try:
+            with os.scandir(folder / name) as entries:
+                names = [e.name for e in entries if e.name.lower().endswith(SUFFIXES)]
+        except OSError as error:
+            raise DataError(f"{folder / name} can't be read: {error.strerror}.") from error
+        files += [
+            (str(folder / name / file), labels[name])
+            for file in sorted(names)
+            if not file.startswith(".")
+        ]
+    return files
+
+
+def _count(number: str | None, percent: str | None, total: int, default: int) -> int:
+    if number is None:
+        return default
+    return min(total, round(int(number) / 100 * total) if percent else int(number))

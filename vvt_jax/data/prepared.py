@@ -1,0 +1,120 @@
+"""Data sets that TensorFlow Datasets prepared, as array_record or TFRecord, without TensorFlow."""
+
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vvt_jax.data import sources
+from vvt_jax.data.sources import DataError
+from vvt_jax.data.tfrecord import TFRecords
+
+
+class _PreparedExamples:
+    """Examples of serialised records.
+
+    Images are decoded here and not by tfds, which takes OpenCV or Pillow, whichever it finds
+    (they decode JPEG differently), and leaves a grey file in an RGB data set without channels.
+    """
+
+    def __init__(self, records: Sequence[bytes], features: Any, told: str):
+        self._records = records
+        self._features = features
+        self._told = told
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def encoded(self, index: int) -> dict[str, Any]:
+        """The example with its image as it lies in the record."""
+        import tensorflow_datasets as tfds
+
+        return self._features.deserialize_example_np(
+            self._records[index], decoders={"image": tfds.decode.SkipDecoding()}
+        )
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = self.encoded(index)
+        told = f"Image {index} of {self._told}"
+        if "file_name" in example:
+            told += f" ({bytes(example['file_name']).decode(errors='replace')})"
+        return {
+            "image": sources.decode(io.BytesIO(example["image"]), told),
+            "label": int(example["label"]),
+        }
+
+
+def open_prepared(
+    name: str, split: str, data_dir: str | None, cache_dir: Path | None
+) -> sources.Source:
+    """A split of a data set that tfds prepared; see `sources.open_source`."""
+    import tensorflow_datasets as tfds
+
+    builder = _builder(name, data_dir)
+    info = builder.info
+    formats = {file_format.value for file_format in info.available_file_formats()}
+    if not formats & {"array_record", "tfrecord"}:
+        why = " (its reader loses rows)" if "parquet" in formats else ""
+        raise DataError(
+            f"{name!r} in {info.data_dir} is prepared as {' and '.join(sorted(formats))}{why}, but "
+            f"only array_record and tfrecord can be read: prepare it again in another folder with "
+            f"`python -m vvt_jax.prepare {name.removeprefix('tfds:')} --data_dir=...`."
+        )
+    features = info.features if isinstance(info.features, tfds.features.FeaturesDict) else {}
+    for key, wanted in (("image", tfds.features.Image), ("label", tfds.features.ClassLabel)):
+        if key not in features or not isinstance(features[key], wanted):
+            raise DataError(
+                f"{name!r} has no feature {key!r} of type {wanted.__name__}, only "
+                f"{', '.join(features) or 'unnamed ones'}."
+            )
+    try:
+        if "array_record" in formats:
+            records = builder.as_data_source(
+                split,
+                deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
+                file_format="array_record",
+            )
+        else:
+            parts = info.splits[split].file_instructions
+    except (KeyError, ValueError) as error:
+        raise DataError(
+            f"{name!r} has no split {split!r}: it has {', '.join(info.splits)}, and parts of them "
+            "like 'train[:90%]'."
+        ) from error
+    if "array_record" not in formats:
+        records = TFRecords(
+            [(str(p.filename), p.skip, p.take, p.examples_in_shard) for p in parts], cache_dir
+        )
+    used = tfds.features.FeaturesDict(
+        {key: features[key] for key in ("image", "label", "file_name") if key in features}
+    )
+    examples = _PreparedExamples(records, used, f"{name!r}, split {split!r}")
+    # tfds gives the examples of an unlabelled test split the label -1.
+    if len(examples) and examples.encoded(0)["label"] < 0:
+        raise DataError(f"The examples of {name!r}, split {split!r}, have no labels.")
+    return sources.Source(examples, tuple(features["label"].names), name, split)
+
+
+def _builder(name: str, data_dir: str | None) -> Any:
+    """The read-only builder of a prepared data set, from its files alone.
+
+    `tfds.builder` would run the data set's own code, if registered, and then take data that was
+    never prepared for data in TFRecord files.
+    """
+    from tensorflow_datasets.core import read_only_builder, registered
+    from tensorflow_datasets.core.utils import file_utils
+
+    tfds_name = name.removeprefix("tfds:")
+    data_dir = None if data_dir is None else os.path.expanduser(data_dir)
+    try:
+        return read_only_builder.builder_from_files(tfds_name, data_dir=data_dir)
+    except registered.DatasetNotFoundError as error:
+        places = [str(place) for place in file_utils.list_data_dirs(given_data_dir=data_dir)]
+        raise DataError(
+            f"The data set {name!r} was not found in {' or '.join(places)}: prepare it with "
+            f"`python -m vvt_jax.prepare {tfds_name} --data_dir={places[0]}`."
+        ) from error
+    except ValueError as error:  # A name that is none, or data in several places.
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise DataError(f"The data set {name!r} can't be opened: {reason}.") from error

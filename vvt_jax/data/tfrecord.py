@@ -1,0 +1,148 @@
+"""TFRecord files read at random, without TensorFlow.
+
+A file is a row of records: the length of the data (8 bytes), its masked CRC32C (4), the data, the
+data's masked CRC32C (4); numbers are little-endian. (TensorFlow, core/lib/io/record_writer.h.)
+"""
+
+import contextlib
+import hashlib
+import itertools
+import os
+import zipfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+from tqdm import tqdm
+
+from vvt_jax.data.sources import DataError
+
+_HEADER, _FOOTER = 12, 4  # bytes around a record's data
+_MEND = "copy or download the file again"
+
+
+def masked_crc(data: bytes) -> int:
+    """The checksum as TFRecord stores it: CRC32C, rotated by 15 bits, plus a constant."""
+    crc = google_crc32c.value(data)
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def read_offsets(path: str | os.PathLike) -> np.ndarray:
+    """Where each record begins, and where the last one ends: int64 `[records + 1]`, in bytes.
+
+    Only the records' headers are read.
+
+    Raises:
+        DataError: the file can't be read, is truncated, or has a damaged header.
+    """
+    offsets = [0]
+    try:
+        with open(path, "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            while offsets[-1] < size:
+                header = os.pread(file.fileno(), _HEADER, offsets[-1])
+                if len(header) == _HEADER:
+                    length = _length(header, path, offsets[-1])
+                    end = offsets[-1] + _HEADER + length + _FOOTER
+                if len(header) < _HEADER or end > size:
+                    raise DataError(
+                        f"{path} is truncated: its record at byte {offsets[-1]} reaches over the "
+                        f"end of the file at {size}: {_MEND}."
+                    )
+                offsets.append(end)
+    except OSError as error:
+        raise DataError(f"{path} can't be read: {error.strerror}.") from error
+    return np.array(offsets, np.int64)
+
+
+def read_record(path: str | os.PathLike, start: int) -> bytes:
+    """The data of the record that begins at that byte.
+
+    Raises:
+        DataError: the file can't be read, or the record is not what was written.
+    """
+    try:
+        # Opened anew: data sets have more files than a process may keep open.
+        with open(path, "rb", buffering=0) as file:
+            header = os.pread(file.fileno(), _HEADER, start)
+            length = _length(header, path, start)
+            rest = os.pread(file.fileno(), length + _FOOTER, start + _HEADER)
+    except OSError as error:
+        raise DataError(f"{path} can't be read: {error.strerror}.") from error
+    data, crc = rest[:length], rest[length:]
+    if len(rest) < length + _FOOTER or int.from_bytes(crc, "little") != masked_crc(data):
+        raise DataError(f"{path} is damaged: its record at byte {start} is corrupt: {_MEND}.")
+    return data
+
+
+def _length(header: bytes, path: str | os.PathLike, start: int) -> int:
+    length, crc = header[:8], header[8:]
+    if len(header) < _HEADER or int.from_bytes(crc, "little") != masked_crc(length):
+        raise DataError(
+            f"{path} is damaged, or no TFRecord file: its header at byte {start} is corrupt: "
+            f"{_MEND}."
+        )
+    return int.from_bytes(length, "little")
+
+
+class TFRecords(Sequence[bytes]):
+    """Records of several files in a row.
+
+    Args:
+        parts: of each file its path, how many records to skip, how many to take, and how many it
+            should have.
+        cache_dir: keeps the offsets for the next time; None: nowhere.
+
+    Raises:
+        DataError: a file is missing, damaged, or has another number of records.
+    """
+
+    def __init__(self, parts: Iterable[tuple[str, int, int, int]], cache_dir: Path | None = None):
+        self._parts = list(parts)
+        self._offsets = _all_offsets([path for path, *_ in self._parts], cache_dir)
+        for (path, _, _, expected), offsets in zip(self._parts, self._offsets, strict=True):
+            if len(offsets) - 1 != expected:
+                raise DataError(
+                    f"{path} has {len(offsets) - 1} records where the data set's description has "
+                    f"{expected}: {_MEND}."
+                )
+        # The number of the first record of each part
+        self._firsts = [0, *itertools.accumulate(take for _, _, take, _ in self._parts)]
+
+    def __len__(self) -> int:
+        return self._firsts[-1]
+
+    def __getitem__(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(f"There is no record {index} of {len(self)}.")
+        part = int(np.searchsorted(self._firsts, index, side="right")) - 1
+        path, skip, _, _ = self._parts[part]
+        return read_record(path, int(self._offsets[part][skip + index - self._firsts[part]]))
+
+
+def _all_offsets(paths: Sequence[str], cache_dir: Path | None) -> list[np.ndarray]:
+    """Of each file; from the cache where the files are as they were."""
+    cached = None
+    if cache_dir is not None:
+        try:
+            state = [(os.path.abspath(p), (s := os.stat(p)).st_size, s.st_mtime_ns) for p in paths]
+        except OSError as error:
+            raise DataError(f"{error.filename} can't be read: {error.strerror}.") from error
+        cached = cache_dir / f"{hashlib.sha256(repr(state).encode()).hexdigest()[:32]}.npz"
+        # Missing or damaged: it is made anew
+        with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            with cached.open("rb") as file, np.load(file) as content:
+                joined, counts = content["offsets"], content["counts"]
+            if len(counts) == len(paths) and counts.sum() == len(joined):
+                return np.split(joined, np.cumsum(counts)[:-1])
+    shown = tqdm(paths, desc="Indexing TFRecord files", unit="file", disable=len(paths) < 16)
+    found = [read_offsets(path) for path in shown]
+    if cached is not None:
+        with contextlib.suppress(OSError):  # a folder that can't be written: indexed again then
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            temporary = cached.with_suffix(f".{os.getpid()}.tmp")
+            with temporary.open("wb") as file:
+                np.savez(file, offsets=np.concatenate(found), counts=[len(x) for x in found])
+            temporary.replace(cached)
+    return found
