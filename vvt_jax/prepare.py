@@ -159,7 +159,9 @@ def _imagenet(root: Path, archives: Path) -> Path:
 
     def split(name: str, images: ilsvrc2012.Images) -> _Split:
         def get(index: int) -> bytes:
-            return serializer.serialize_example(features.encode_example(images[index]))
+            example = serializer.get_tf_example(features.encode_example(images[index]))
+            # By default the order of the fields differs from process to process
+            return example.SerializeToString(deterministic=True)
 
         return _Split(name, len(images), images.num_bytes, get)
 
