@@ -13,7 +13,9 @@ from ml_collections.config_dict import placeholder
 def get_config(_: str = "") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # of initialisation, data order, augmentation and drop path
-    config.mode = "train"  # "train", or "eval": evaluate the newest checkpoint of the workdir
+    config.mode = (
+        "train"  # "train", or "eval": measure init_from, or the workdir's newest checkpoint
+    )
     config.batch_size = 64  # images a step, over all devices
 
     # Every duration can be given in three units; of several, the first one here counts.
@@ -31,8 +33,7 @@ def get_config(_: str = "") -> ConfigDict:
     config.checkpoint_every_epochs = placeholder(float)
     config.keep_checkpoints = 2  # the newest ones; the best is kept beside them
     config.compilation_cache = "~/.cache/vvt_jax"  # folder of jax's compiled programs; "": none
-    config.init_from = ""  # fine-tuning: a model folder, or another run's workdir; "": at random
-    config.eval_sets = ()  # mode "eval": ImageNet's other test sets, see vvt_jax.robustness
+    config.init_from = ""  # a model folder or another run's workdir to start from, or to evaluate
     config.profile_at_step = 0  # a profiler trace into workdir/profile from that step on; 0: none
     config.profile_steps = 3  # its length
 

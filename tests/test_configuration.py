@@ -196,7 +196,6 @@ _FREE_CHANGES = {
         for what in ("log", "eval", "checkpoint")
         for unit, value in (("steps", 7), ("examples", 7), ("epochs", 1.5))
     },
-    "eval_sets": ["imagenet_a"],
     "profile_steps": 7,
     "keep_checkpoints": 7,
     "compilation_cache": "",

@@ -72,7 +72,7 @@ def test_equals_numpy_and_ignores_padding(count, batch_size, classes, seed):
     table[_PADDING] = 1e30 * (np.arange(classes) == 0)  # sure of the label that padding has
     labels = rng.integers(classes, size=count)
     variables = {"params": {"table": jnp.asarray(table, jnp.float32)}}
-    got = evaluate(_eval_step(classes), variables, _batches(labels, batch_size))
+    got, _ = evaluate(_eval_step(classes), variables, _batches(labels, batch_size))
     expected = _expected(table[:count], labels)
     assert set(got) == set(expected)
     for name in expected:
@@ -86,7 +86,7 @@ def test_padding_that_is_not_a_number_does_not_count():
     table[_PADDING] = np.nan
     labels = np.arange(5)
     variables = {"params": {"table": jnp.asarray(table, jnp.float32)}}
-    got = evaluate(_eval_step(6), variables, _batches(labels, 4))
+    got, _ = evaluate(_eval_step(6), variables, _batches(labels, 4))
     np.testing.assert_allclose(got["loss"], _expected(table[:5], labels)["loss"], rtol=1e-5)
     assert got["examples"] == 5
 
@@ -98,7 +98,7 @@ def test_counts_the_examples_of_a_source_once(batch_size):
     table = np.eye(10, dtype=np.float32)[np.zeros(256, int)]  # always says 0
     batches = list(eval_batches(source, record=record, batch_size=batch_size))
     step = jax.jit(make_eval_step(Table(10), record))
-    got = evaluate(step, {"params": {"table": jnp.asarray(table)}}, batches)
+    got, _ = evaluate(step, {"params": {"table": jnp.asarray(table)}}, batches)
     labels = [source.examples[i]["label"] for i in range(len(source.examples))]
     assert got["examples"] == 144
     np.testing.assert_allclose(got["top1"], np.mean(np.equal(labels, 0)), rtol=1e-6)
@@ -107,3 +107,22 @@ def test_counts_the_examples_of_a_source_once(batch_size):
 def test_nothing_to_evaluate():
     with pytest.raises(ValueError, match="nothing to evaluate"):
         evaluate(_eval_step(3), {}, [])
+
+
+@pytest.mark.parametrize("batch_size", [3, 8, 40])
+def test_confusion_counts_each_example_once(batch_size):
+    rng = np.random.default_rng(0)
+    table, labels = rng.normal(size=(256, 6)), rng.integers(6, size=40)
+    step = jax.jit(make_eval_step(Table(6), _RECORD, confusion=True))
+    variables = {"params": {"table": jnp.asarray(table, jnp.float32)}}
+    metrics, confusion = evaluate(step, variables, _batches(labels, batch_size))
+    expected = np.zeros((6, 6), int)
+    np.add.at(expected, (labels, table[:40].argmax(-1)), 1)
+    np.testing.assert_array_equal(confusion, expected)
+    assert confusion.dtype == np.int32
+    assert np.trace(confusion) / 40 == pytest.approx(metrics["top1"])
+
+
+def test_without_confusion_there_is_none():
+    variables = {"params": {"table": jnp.zeros((256, 3))}}
+    assert evaluate(_eval_step(3), variables, _batches(np.arange(3), 4))[1] is None

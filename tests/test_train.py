@@ -1,6 +1,7 @@
 """`train_and_evaluate` in this process: what it returns, writes and refuses."""
 
 import contextlib
+import csv
 import dataclasses
 import json
 import shutil
@@ -87,6 +88,45 @@ def test_eval_measures_the_newest_checkpoint_and_writes_nothing(finished, small_
     assert measured == {k: v for k, v in metrics.items() if not k.startswith("train/")}
     assert "step 12: test top-1" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in workdir.glob("*.json*")} == before
+    with (workdir / "evaluation" / "test_per_class.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == list("0123456789")
+    assert sum(int(row["examples"]) for row in rows) == 360
+    hits = sum(int(row["correct"]) for row in rows)
+    assert hits / 360 == pytest.approx(metrics["test/top1"])
+    assert (workdir / "evaluation" / "eval_confusion.png").exists()
+
+
+def test_eval_measures_a_model_folder(finished, small_config, tmp_path, read_metrics, capsys):
+    workdir, _ = finished
+    best = max(
+        (line for line in read_metrics(workdir) if "eval/top1" in line),
+        key=lambda line: line["eval/top1"],
+    )
+    small_config.mode = "eval"
+    small_config.init_from = str(workdir / "model")
+    measured = train_and_evaluate(small_config, tmp_path / "new")
+    assert measured["eval/top1"] == best["eval/top1"]
+    assert measured["eval/loss"] == pytest.approx(best["eval/loss"], rel=1e-5)
+    assert f"Starts from {workdir}/model." in capsys.readouterr().out
+    assert (tmp_path / "new" / "evaluation" / "test_per_class.csv").exists()
+
+
+def test_a_run_starts_from_another_one(finished, small_config, tmp_path, read_metrics):
+    workdir, metrics = finished
+    small_config.init_from = str(workdir)
+    small_config.total_steps = 2
+    small_config.optimizer.freeze = ("stage",)
+    small_config.optimizer.learning_rate = 1e-9
+    train_and_evaluate(small_config, tmp_path)
+    first = read_metrics(tmp_path)[0]
+    assert first["eval/top1"] == metrics["eval/top1"]
+    assert first["eval/loss"] == pytest.approx(metrics["eval/loss"], rel=1e-4)
+    assert (
+        0
+        <= json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["train/data_wait"]
+        <= 1
+    )
 
 
 def test_eval_without_a_checkpoint_is_refused(small_config, tmp_path):

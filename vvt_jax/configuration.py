@@ -2,10 +2,12 @@
 
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from absl import flags, logging
 from ml_collections import ConfigDict
 
 from vvt_jax.errors import UserError
@@ -24,7 +26,6 @@ _FREE = (
     "eval_every_steps",
     "eval_every_examples",
     "eval_every_epochs",
-    "eval_sets",
     "checkpoint_every_steps",
     "checkpoint_every_examples",
     "checkpoint_every_epochs",
@@ -144,6 +145,27 @@ def settle(config: ConfigDict, workdir: Path) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(given, indent=2) + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+def parse_flags(argv: list[str], config_flag: flags.FlagHolder) -> list[str]:
+    """Parses a command's flags for `absl.app.run`; what is wrong with the config ends the program
+    with one sentence. Returns the arguments that are no flags."""
+    try:
+        rest = flags.FLAGS(argv)
+        if flags.FLAGS["verbosity"].using_default_value:
+            flags.FLAGS.verbosity = logging.WARNING  # type: ignore[assignment]
+        _ = "mode" in config_flag.value  # a file that can't be read complains when it is used
+        return rest
+    except flags.Error as error:
+        lines = str(error).strip().splitlines()
+        # The traceback of a config's own get_config ends with what that says
+        told = lines[-1].partition("Error: ")[2] if "Traceback" in str(error) else lines[0]
+        sys.exit(f"error: {told}")
+    except AttributeError as error:
+        sys.exit(f"error: {unknown_field(error, argv)}")
+    except OSError as error:
+        reason = str(error).strip().splitlines()[-1].strip()  # the paths that were tried go before
+        sys.exit(f"error: The config file can't be read: {reason}.")
 
 
 def unknown_field(error: AttributeError, argv: list[str]) -> str:

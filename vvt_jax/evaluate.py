@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from vvt_jax.data.preprocess import normalize
@@ -14,12 +15,15 @@ Sums = dict[str, jax.Array]
 
 
 def make_eval_step(
-    model: nn.Module, preprocessing: Mapping[str, Any]
+    model: nn.Module, preprocessing: Mapping[str, Any], *, confusion: bool = False
 ) -> Callable[[Any, Mapping[str, jax.Array]], Sums]:
     """Sums over a batch of loss, top-1 and top-5 hits and examples, a pure function for `jax.jit`.
 
     Batches are `image`, uint8 `[batch, height, width, 3]`, `label`, int32 `[batch]`, and `mask`,
     bool `[batch]`, False for padding. With fewer than five classes, top-5 looks at all of them.
+
+    With `confusion`, also how often which class (row) was taken for which (column): int32
+    `[num_classes, num_classes]`.
     """
 
     def eval_step(variables: Any, batch: Mapping[str, jax.Array]) -> Sums:
@@ -27,12 +31,17 @@ def make_eval_step(
         _, ranked = jax.lax.top_k(logits, min(5, logits.shape[-1]))
         hits = (ranked == batch["label"][:, None]) & batch["mask"][:, None]
         losses = jnp.where(batch["mask"], cross_entropy(logits, batch["label"]), 0)
-        return {
+        sums = {
             "loss": losses.sum(),
             "top1": hits[:, 0].sum(dtype=jnp.int32),
             "top5": hits.sum(dtype=jnp.int32),
             "examples": batch["mask"].sum(dtype=jnp.int32),
         }
+        if confusion:
+            counts = jnp.zeros((logits.shape[-1],) * 2, jnp.int32)
+            counted = batch["mask"].astype(jnp.int32)
+            sums["confusion"] = counts.at[batch["label"], ranked[:, 0]].add(counted)
+        return sums
 
     return eval_step
 
@@ -41,8 +50,9 @@ def evaluate(
     eval_step: Callable[[Any, Mapping[str, jax.Array]], Sums],
     variables: Any,
     batches: Iterable[Mapping[str, jax.Array]],
-) -> dict[str, float]:
-    """Mean `loss` (nats), `top1` and `top5` (fractions) and the number of `examples`."""
+) -> tuple[dict[str, float], np.ndarray | None]:
+    """Mean `loss` (nats), `top1` and `top5` (fractions) and the number of `examples`; and the
+    confusion matrix, where the step counts one."""
     total: Sums | None = None
     for batch in batches:
         sums = eval_step(variables, batch)
@@ -52,4 +62,4 @@ def evaluate(
     host = jax.device_get(total)
     examples = int(host["examples"])
     means = {name: float(host[name]) / examples for name in ("loss", "top1", "top5")}
-    return {**means, "examples": examples}
+    return {**means, "examples": examples}, host.get("confusion")

@@ -19,7 +19,12 @@ _TELLING = ("num_heads", "locality", "attention", "clamp", "patch_strides")
 
 
 def initial_variables(
-    path: str | Path, model: VVT, fresh: Mapping[str, Any], class_names: Sequence[str]
+    path: str | Path,
+    model: VVT,
+    fresh: Mapping[str, Any],
+    class_names: Sequence[str],
+    *,
+    keep_head: bool = False,
 ) -> tuple[dict[str, Any], list[str]]:
     """The variables to start from, and what has to be said about them.
 
@@ -32,6 +37,7 @@ def initial_variables(
         model: that is trained.
         fresh: its freshly initialised variables; the head is taken from them if need be.
         class_names: of the data, in the order of the labels.
+        keep_head: refuse other classes, for weights that are only measured.
 
     Returns:
         Variables of the structure of `fresh`, and sentences for the log.
@@ -54,10 +60,13 @@ def initial_variables(
     other_shape = any(name not in given or np.shape(given[name]) != expected[name] for name in head)
     if other_classes or other_shape:
         old = len(names) if names is not None else source.num_classes
-        told.append(
-            f"The head starts anew: there were {old} classes, here are "
-            f"{len(class_names)}{', of other names' if old == len(class_names) else ''}."
+        differ = (
+            f"there were {old} classes, here are {len(class_names)}"
+            f"{', of other names' if old == len(class_names) else ''}."
         )
+        if keep_head:
+            raise WeightsError(f"config.init_from={str(path)!r} has other classes: {differ}")
+        told.append(f"The head starts anew: {differ}")
         given = {k: v for k, v in given.items() if not k.startswith("params/head/")}
         given |= {name: flatten_dict(dict(fresh), sep="/")[name] for name in head}
     try:

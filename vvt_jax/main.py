@@ -3,12 +3,13 @@
 python -m vvt_jax.main --config=configs/digits.py --workdir=runs/digits [--config.field=value ...]
 """
 
+import functools
 import sys
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
-from vvt_jax.configuration import ConfigError, unknown_field
+from vvt_jax.configuration import ConfigError, parse_flags
 from vvt_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -34,19 +35,5 @@ def main(argv: list[str]) -> None:
         sys.exit(interrupted.exit_status)
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
-    try:
-        rest = app.parse_flags_with_usage(argv)
-        if flags.FLAGS["verbosity"].using_default_value:
-            flags.FLAGS.verbosity = logging.WARNING  # type: ignore[assignment]
-        _ = "mode" in _CONFIG.value  # a config file that can't be read complains when it is used
-        return rest
-    except AttributeError as error:
-        sys.exit(f"error: {unknown_field(error, argv)}")
-    except OSError as error:
-        reason = str(error).strip().splitlines()[-1].strip()  # the paths that were tried go before
-        sys.exit(f"error: The config file can't be read: {reason}.")
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse_flags)
+    app.run(main, flags_parser=functools.partial(parse_flags, config_flag=_CONFIG))

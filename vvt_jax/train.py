@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vvt_jax import configuration, costs, forms, parallel
+from vvt_jax import charts, configuration, costs, forms, parallel
 from vvt_jax.checkpoint import Best, Checkpoints
 from vvt_jax.configuration import ConfigError
 from vvt_jax.data.augment import check_augment
@@ -64,11 +64,12 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
     if config.compilation_cache:
         cache = Path(config.compilation_cache).expanduser()
         jax.config.update("jax_compilation_cache_dir", str(cache))
-    sources = _open_sources(config.data)
+    may_write = config.mode == "train" or workdir.exists()
+    sources = _open_sources(config.data, workdir / "offsets" if may_write else None)
     run = _Run(config, sources)
     configuration.settle(config, workdir)
     if config.mode == "eval":
-        return _evaluate_only(run, workdir)
+        return _evaluate_only(run, config, workdir)
 
     with contextlib.ExitStack() as stack:
         interruption = stack.enter_context(Interruption())
@@ -154,13 +155,32 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
     return latest
 
 
+def see_batch(
+    config: ConfigDict, step: int
+) -> tuple[np.ndarray, np.ndarray, Mapping[str, Any], Sequence[str]]:
+    """What the model sees at a step of training, counted from 1.
+
+    Returns:
+        float32 images `[batch, height, width, 3]`, targets `[batch, num_classes]`, the
+        preprocessing record that they were normalised by, and the classes' names.
+
+    Raises:
+        UserError: as `train_and_evaluate`.
+    """
+    configuration.check_values(config)
+    sources = _open_sources(config.data)
+    run = _Run(config, sources)
+    images, targets = run.see_batch(step)
+    return images, targets, run.preprocessing, sources["train"].class_names
+
+
 class _Run:
     """What follows from the config alone: model, mesh, data streams, compiled steps."""
 
     def __init__(self, config: ConfigDict, sources: Mapping[str, Source]):
         self._config, self._sources = config, sources
         data = config.data
-        self._preprocessing = {
+        self.preprocessing = {
             "size": list(data.size),
             "crop_fraction": data.crop_fraction,
             "interpolation": data.interpolation,
@@ -168,7 +188,7 @@ class _Run:
             "std": list(data.std),
         }
         with _naming("config.data"):
-            check_record(self._preprocessing)
+            check_record(self.preprocessing)
         with _naming("config.augment"):
             check_augment(config.augment)
             mixing.check_mixing(config.augment)
@@ -212,16 +232,17 @@ class _Run:
             shapes = jax.eval_shape(self._init, config.seed)
         self._shardings = parallel.state_shardings(self.mesh, shapes)
         self.abstract_state = parallel.abstract(self._shardings, shapes)
+        self._prepare = functools.partial(
+            mixing.prepare_batch,
+            preprocessing=self.preprocessing,
+            augment=config.augment.to_dict(),
+            label_smoothing=config.optimizer.label_smoothing,
+            num_classes=self._model.num_classes,
+        )
         self._train_step = make_train_step(
             self._model,
             optimizer,
-            prepare=functools.partial(
-                mixing.prepare_batch,
-                preprocessing=self._preprocessing,
-                augment=config.augment.to_dict(),
-                label_smoothing=config.optimizer.label_smoothing,
-                num_classes=self._model.num_classes,
-            ),
+            prepare=self._prepare,
             ema_decay=config.optimizer.ema_decay,
             accumulate=config.optimizer.accumulate,
             freeze=config.optimizer.freeze,
@@ -242,13 +263,16 @@ class _Run:
         init = jax.jit(self._init, out_shardings=self._shardings, compiler_options=options)
         return init(self._config.seed)
 
-    def start_from(self, path: str, state: TrainState) -> tuple[TrainState, list[str]]:
+    def start_from(
+        self, path: str, state: TrainState, *, keep_head: bool = False
+    ) -> tuple[TrainState, list[str]]:
         """The state with the weights of a model folder or another run, and what to say of them."""
         variables, told = initial_variables(
             path,
             self._model,
             jax.device_get(state.variables()),
             self._sources["train"].class_names,
+            keep_head=keep_head,
         )
         params = variables.pop("params")
 
@@ -304,7 +328,7 @@ class _Run:
     def _eval_step(self) -> Callable[[Any, Mapping[str, jax.Array]], dict[str, jax.Array]]:
         return parallel.compile_program(
             "forward",
-            make_eval_step(self._model, self._preprocessing),
+            make_eval_step(self._model, self.preprocessing, confusion=self._config.mode == "eval"),
             self._eval_variables,
             self._abstract_batch("image", "label", "mask"),
         )
@@ -328,7 +352,7 @@ class _Run:
         source, data = self._sources["train"], self._config.data
         batches = train_batches(
             source,
-            record=self._preprocessing,
+            record=self.preprocessing,
             augment=self._config.augment.to_dict(),
             batch_size=self._config.batch_size,
             seed=self._config.seed,
@@ -338,6 +362,13 @@ class _Run:
             threads=data.threads,
         )
         return report_broken(batches, source, data.broken_limit, say)
+
+    def see_batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Images and targets as the model sees them at that step, counted from 1."""
+        with contextlib.closing(self.train_batches(step - 1, print)) as batches:
+            batch = next(batches)
+        key = mixing.augmentation_key(self._config.seed, step)
+        return jax.device_get(jax.jit(self._prepare)(batch, key))
 
     def due(self, step: int) -> tuple[bool, bool, bool]:
         """Whether to log, to evaluate and to save after that step."""
@@ -377,46 +408,60 @@ class _Run:
             layer.published for layer in costs.count(self._model, *self._config.data.size)
         )
 
-    def evaluate(self, state: TrainState, part: str, prefix: str) -> dict[str, float]:
-        """Measurements on a part of the data, none where the config names no split for it."""
+    def evaluate(
+        self, state: TrainState, part: str, prefix: str, folder: Path | None = None
+    ) -> dict[str, float]:
+        """Measurements on a part of the data, none where the config names no split for it; in mode
+        "eval" also what each class is taken for, as files in the folder."""
         if part not in self._sources:
             return {}
         metrics: dict[str, float] = {}
         for name in (prefix, f"{prefix}_ema") if state.ema is not None else (prefix,):
             batches = eval_batches(
                 self._sources[part],
-                record=self._preprocessing,
+                record=self.preprocessing,
                 batch_size=self._config.batch_size,
                 workers=self._config.data.workers,
                 threads=self._config.data.threads,
             )
             with contextlib.closing(batches):
-                measured = evaluate(
+                measured, confusion = evaluate(
                     self._eval_step,
                     self._unstack(state.variables(ema=name.endswith("_ema"))),
                     parallel.to_devices(batches, self.mesh),
                 )
             metrics |= {f"{name}/{key}": value for key, value in measured.items()}
+            if confusion is not None and folder is not None:
+                self._write_confusion(folder, name, confusion)
         return metrics
+
+    def _write_confusion(self, folder: Path, name: str, confusion: np.ndarray) -> None:
+        classes = self._sources["train"].num_classes  # the model may have more
+        known, names = confusion[:classes, :classes], self._sources["train"].class_names
+        charts.write_per_class(folder / f"{name}_per_class.csv", known, names)
+        try:
+            charts.draw_confusion(folder / f"{name}_confusion.png", known, names)
+        except charts.MissingPackageError as error:
+            print(error)
 
     def save_model(self, folder: Path, state: TrainState) -> None:
         """Writes the model folder, with the averaged weights where there are some."""
         card = {
-            "preprocessing": self._preprocessing,
+            "preprocessing": self.preprocessing,
             "class_names": list(self._sources["train"].class_names),
         }
         variables = jax.device_get(state.variables(ema=state.ema is not None))
         save_pretrained(folder, self._model, variables, card)
 
 
-def _open_sources(data: ConfigDict) -> dict[str, Source]:
+def _open_sources(data: ConfigDict, cache_dir: Path | None = None) -> dict[str, Source]:
     splits = {
         "train": data.train_split,
         "validation": data.validation_split,
         "test": data.test_split,
     }
     sources = {
-        part: open_source(data.source, split, data_dir=data.data_dir)
+        part: open_source(data.source, split, data_dir=data.data_dir, cache_dir=cache_dir)
         for part, split in splits.items()
         if split
     }
@@ -455,13 +500,22 @@ def _check_finite(totals: Totals) -> None:
         )
 
 
-def _evaluate_only(run: _Run, workdir: Path) -> dict[str, float]:
-    with Checkpoints(workdir / "checkpoints", keep=None) as checkpoints:
-        if checkpoints.latest_step() is None:
-            raise ConfigError(f"{workdir} has no checkpoint to evaluate: is it the run's folder?")
-        state, _ = checkpoints.restore(run.abstract_state)
-    metrics = run.evaluate(state, "validation", "eval") | run.evaluate(state, "test", "test")
+def _evaluate_only(run: _Run, config: ConfigDict, workdir: Path) -> dict[str, float]:
+    if config.init_from:
+        state, told = run.start_from(config.init_from, run.init_state(), keep_head=True)
+        print(*told, sep="\n")
+    else:
+        with Checkpoints(workdir / "checkpoints", keep=None) as checkpoints:
+            if checkpoints.latest_step() is None:
+                raise ConfigError(
+                    f"{workdir} has no checkpoint to evaluate: is it the run's folder?"
+                )
+            state, _ = checkpoints.restore(run.abstract_state)
+    folder = workdir / "evaluation"
+    metrics = run.evaluate(state, "validation", "eval", folder)
+    metrics |= run.evaluate(state, "test", "test", folder)
     for name in metrics:
         if name.endswith("/top1"):
             print(f"step {int(state.step)}: {describe(name.removesuffix('/top1'), metrics)}")
+    print(f"What each class is taken for is in {folder}.")
     return metrics

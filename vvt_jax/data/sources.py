@@ -112,9 +112,8 @@ def decode(
     try:
         with PIL.Image.open(file) as image:
             image.load()
-            if upright and image.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1:
-                image = PIL.ImageOps.exif_transpose(image)
-            return preprocess.to_rgb(image)
+            turned = upright and image.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1
+            return preprocess.to_rgb(PIL.ImageOps.exif_transpose(image) if turned else image)
     except Exception as error:  # Pillow's decoders raise whatever they stumble over
         reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
         raise BrokenImageError(f"{told} can't be decoded: {reason}.") from error

@@ -142,7 +142,7 @@ def _all_offsets(paths: Sequence[str], cache_dir: Path | None) -> list[np.ndarra
         with contextlib.suppress(OSError):  # a folder that can't be written: indexed again then
             cached.parent.mkdir(parents=True, exist_ok=True)
             temporary = cached.with_suffix(f".{os.getpid()}.tmp")
-            with temporary.open("wb") as file:
-                np.savez(file, offsets=np.concatenate(found), counts=[len(x) for x in found])
+            with temporary.open("wb") as made:
+                np.savez(made, offsets=np.concatenate(found), counts=[len(x) for x in found])
             temporary.replace(cached)
     return found

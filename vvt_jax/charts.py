@@ -1,0 +1,105 @@
+"""Pictures and tables of an evaluation: who is taken for whom, and how well each class does."""
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from vvt_jax.errors import UserError
+
+_NUMBERS_UP_TO, _NAMES_UP_TO = 20, 50  # classes
+
+
+class MissingPackageError(UserError):
+    """A package that only pictures need is not installed."""
+
+
+def write_per_class(path: Path, confusion: np.ndarray, class_names: Sequence[str]) -> None:
+    """A CSV line for each class: examples, hits, accuracy, and what it is most often taken for.
+
+    Args:
+        path: of the file.
+        confusion: int `[classes, classes]`; rows are the true classes, columns the predicted ones.
+        class_names: in the order of the labels.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(
+        ["class", "name", "examples", "correct", "accuracy", "most_often_taken_for", "times"]
+    )
+    for index, row in enumerate(confusion.tolist()):
+        examples, correct = sum(row), row[index]
+        others = [0 if i == index else n for i, n in enumerate(row)]
+        wrong = int(np.argmax(others))
+        writer.writerow(
+            [
+                index,
+                class_names[index],
+                examples,
+                correct,
+                f"{correct / examples:.4f}" if examples else "",
+                class_names[wrong] if others[wrong] else "",
+                others[wrong],
+            ]
+        )
+    _replace(path, text.getvalue().encode())
+
+
+def draw_confusion(path: Path, confusion: np.ndarray, class_names: Sequence[str]) -> None:
+    """The matrix as a PNG picture, each row in shares of its class's examples.
+
+    Args:
+        path: of the file.
+        confusion: as for `write_per_class`.
+        class_names: in the order of the labels.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingPackageError(
+            "Pictures need matplotlib: pip install 'vvt_jax[charts]'."
+        ) from error
+    classes = len(confusion)
+    totals = confusion.sum(1, keepdims=True)
+    shares = np.where(totals > 0, confusion / np.maximum(totals, 1), np.nan)
+    inches = min(16.0, max(5.0, 3 + 0.4 * classes))
+    figure = Figure(figsize=(inches + 1, inches), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_facecolor("0.85")  # rows without examples
+    image = axes.imshow(shares, cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+    figure.colorbar(image, ax=axes, label="share of the class", fraction=0.046)
+    if classes <= _NAMES_UP_TO:
+        names = [name if len(name) <= 24 else name[:23] + "…" for name in class_names]
+        axes.set_xticks(range(classes), names, rotation=90, fontsize=8)
+        axes.set_yticks(range(classes), names, fontsize=8)
+    if classes <= _NUMBERS_UP_TO:
+        for row, column in np.argwhere(confusion > 0):
+            axes.text(
+                column,
+                row,
+                str(confusion[row, column]),
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="black" if shares[row, column] > 0.6 else "white",
+            )
+    correct, examples = np.trace(confusion), confusion.sum()
+    axes.set(xlabel="predicted", ylabel="true")
+    axes.set_title(f"{correct} of {examples} right ({correct / max(1, examples):.2%})")
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=110)
+    _replace(path, content.getvalue())
+
+
+def _replace(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)
