@@ -255,6 +255,7 @@ class _Run:
         return (
             f"{self.total_steps} steps ({epochs:.4g} epochs) of {self._config.batch_size} images: "
             f"logs every {log}, evaluates every {measure}, saves every {save}."
+            + ("" if self._peak_flops else " Model-FLOPs utilisation: unknown for these devices.")
         )
 
     def init_state(self) -> TrainState:

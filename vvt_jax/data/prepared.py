@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vvt_jax.data import sources
+from vvt_jax.data.imagenet import readable_class_names
 from vvt_jax.data.sources import DataError
 from vvt_jax.data.tfrecord import TFRecords
 
@@ -93,7 +94,8 @@ def open_prepared(
     # tfds gives the examples of an unlabelled test split the label -1.
     if len(examples) and examples.encoded(0)["label"] < 0:
         raise DataError(f"The examples of {name!r}, split {split!r}, have no labels.")
-    return sources.Source(examples, tuple(features["label"].names), name, split)
+    names = readable_class_names(features["label"].names)
+    return sources.Source(examples, names, name, split)
 
 
 def _builder(name: str, data_dir: str | None) -> Any:
