@@ -3,11 +3,12 @@
 import csv
 import io
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
+from vvt_jax import storage
 from vvt_jax.errors import UserError
+from vvt_jax.storage import AnyPath
 
 _NUMBERS_UP_TO, _NAMES_UP_TO = 20, 50  # classes
 
@@ -16,7 +17,7 @@ class MissingPackageError(UserError):
     """A package that only pictures need is not installed."""
 
 
-def write_per_class(path: Path, confusion: np.ndarray, class_names: Sequence[str]) -> None:
+def write_per_class(path: AnyPath, confusion: np.ndarray, class_names: Sequence[str]) -> None:
     """A CSV line for each class: examples, hits, accuracy, and what it is most often taken for.
 
     Args:
@@ -44,10 +45,10 @@ def write_per_class(path: Path, confusion: np.ndarray, class_names: Sequence[str
                 others[wrong],
             ]
         )
-    _replace(path, text.getvalue().encode())
+    storage.replace(path, text.getvalue().encode())
 
 
-def draw_confusion(path: Path, confusion: np.ndarray, class_names: Sequence[str]) -> None:
+def draw_confusion(path: AnyPath, confusion: np.ndarray, class_names: Sequence[str]) -> None:
     """The matrix as a PNG picture, each row in shares of its class's examples.
 
     Args:
@@ -95,11 +96,4 @@ def draw_confusion(path: Path, confusion: np.ndarray, class_names: Sequence[str]
     axes.set_title(f"{correct} of {examples} right ({correct / max(1, examples):.2%})")
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=110)
-    _replace(path, content.getvalue())
-
-
-def _replace(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    storage.replace(path, content.getvalue())

@@ -9,7 +9,6 @@ Orbax gives back arrays with a flipped bit without a word: the bookkeeping has a
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -22,7 +21,9 @@ from orbax.checkpoint.checkpoint_managers import (
     PreservationPolicy,
 )
 
+from vvt_jax import storage
 from vvt_jax.errors import UserError
+from vvt_jax.storage import AnyPath
 
 FORMAT_VERSION = 1
 _MEND = "delete that folder to go on from the one before it."
@@ -46,6 +47,15 @@ class Best:
     top1: float = -1.0
 
 
+def check_folder(folder: AnyPath) -> None:
+    """Raises CheckpointError for an object store that orbax does not write to."""
+    if storage.is_remote(folder) and not str(folder).startswith("gs://"):
+        raise CheckpointError(
+            f"{folder} can't hold checkpoints: they go into a folder, or to gs://; data and model "
+            "folders may be there."
+        )
+
+
 class Checkpoints:
     """The checkpoints in a folder; written in the background, the newest and the best are kept.
 
@@ -54,9 +64,10 @@ class Checkpoints:
         keep: how many of the newest are kept; None only reads.
     """
 
-    def __init__(self, folder: Path, *, keep: int | None):
+    def __init__(self, folder: AnyPath, *, keep: int | None):
         self._kept = _NewestAndBest(keep or 0)
-        self._folder = folder.absolute()
+        check_folder(folder)
+        self._folder = storage.absolute(folder)
         self._manager = ocp.CheckpointManager(
             self._folder,
             item_handlers={

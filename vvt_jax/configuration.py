@@ -4,13 +4,14 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from absl import flags, logging
 from ml_collections import ConfigDict
 
+from vvt_jax import storage
 from vvt_jax.errors import UserError
+from vvt_jax.storage import AnyPath
 
 # What a resume may change: it alters neither the updates nor what they are measured on. A dot at
 # the end stands for all fields below.
@@ -113,7 +114,7 @@ def in_steps(
     return round(seen / batch_size)
 
 
-def settle(config: ConfigDict, workdir: Path) -> None:
+def settle(config: ConfigDict, workdir: AnyPath) -> None:
     """Writes `config.json` into a new run's folder; in an old one's, compares. To evaluate it only
     compares.
 
@@ -141,10 +142,7 @@ def settle(config: ConfigDict, workdir: Path) -> None:
             )
     if config.mode == "eval":
         return
-    workdir.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(given, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    storage.replace(path, (json.dumps(given, indent=2) + "\n").encode())
 
 
 def parse_flags(argv: list[str], config_flag: flags.FlagHolder) -> list[str]:

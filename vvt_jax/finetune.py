@@ -1,17 +1,19 @@
 """Fine-tuning: the weights that a run starts from, out of a model folder or another run."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from vvt_jax import storage
 from vvt_jax.checkpoint import Checkpoints
 from vvt_jax.models import VVT, create_model
 from vvt_jax.models.vvt import model_fields
 from vvt_jax.pretrained import load_pretrained
+from vvt_jax.storage import AnyPath
 from vvt_jax.weights import WeightsError, check_arrays
 
 # What a model computes with the same weights in another way, so that no shape tells.
@@ -19,7 +21,7 @@ _TELLING = ("num_heads", "locality", "attention", "clamp", "patch_strides")
 
 
 def initial_variables(
-    path: str | Path,
+    path: str | os.PathLike,
     model: VVT,
     fresh: Mapping[str, Any],
     class_names: Sequence[str],
@@ -45,7 +47,7 @@ def initial_variables(
     Raises:
         WeightsError, CheckpointError: nothing to start from, or weights that don't fit the model.
     """
-    given, source, names = _read(Path(path))
+    given, source, names = _read(storage.locate(path))
     told = [f"Starts from {path}."]
     for field in _TELLING:
         there, here = (_as_json(model_fields(m)[field]) for m in (source, model))
@@ -76,7 +78,7 @@ def initial_variables(
     return unflatten_dict(given, sep="/"), told
 
 
-def _read(path: Path) -> tuple[dict[str, Any], VVT, Sequence[str] | None]:
+def _read(path: AnyPath) -> tuple[dict[str, Any], VVT, Sequence[str] | None]:
     """Arrays by name, the model they are of, and its classes' names where they are known."""
     if not (path / "checkpoints").is_dir():
         model, variables, card = load_pretrained(path)
@@ -87,7 +89,7 @@ def _read(path: Path) -> tuple[dict[str, Any], VVT, Sequence[str] | None]:
         variables = checkpoints.restore_variables()
     arrays = flatten_dict(variables, sep="/")
     try:
-        fields = json.loads((path / "config.json").read_text(encoding="utf-8"))["model"]
+        fields = json.loads(storage.read_bytes(path / "config.json").decode())["model"]
         fields = {name: value for name, value in fields.items() if value is not None}
         classes = np.shape(arrays.get("params/head/bias", ()))
         model = create_model(

@@ -21,6 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from vvt_jax import storage
 from vvt_jax.data.sources import DataError
 from vvt_jax.errors import UserError
 
@@ -86,6 +87,16 @@ def prepare(
     """
     import tensorflow_datasets as tfds
 
+    for flag, place in (
+        ("data_dir", data_dir),
+        ("manual_dir", manual_dir),
+        ("from_tfrecord", from_tfrecord),
+    ):
+        if place and storage.is_remote(place):
+            raise DataError(
+                f"--{flag}={place}: data is prepared on this machine: give a folder, and copy the "
+                "result afterwards."
+            )
     root = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
     if from_tfrecord:
         return _from_tfrecord(name, root, Path(from_tfrecord).expanduser())

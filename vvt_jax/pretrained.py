@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,8 +13,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
+from vvt_jax import storage
 from vvt_jax.models import VVT
 from vvt_jax.models.vvt import from_fields, model_fields
+from vvt_jax.storage import AnyPath
 from vvt_jax.weights import WeightsError, check_arrays, variable_shapes
 
 FORMAT_VERSION = 1
@@ -29,13 +30,12 @@ def save_pretrained(
     """Writes a model folder; one that is there is replaced.
 
     Args:
-        folder: made if it is missing.
+        folder: made if it is missing; also of an object store, such as `gs://bucket/model`.
         model: its class and fields go into `config.json`.
         variables: what `model.apply` takes; saved under keys like `params/stage1/...`.
         card: `preprocessing` (see `vvt_jax.data.preprocess`) and `class_names`, JSON values.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    place = storage.locate(folder)
     # safetensors writes the memory of an array and not its elements: a transposed view would be
     # stored wrongly without a word.
     arrays = {
@@ -50,8 +50,8 @@ def save_pretrained(
         "card": dict(card),
         "sha256": hashlib.sha256(weights).hexdigest(),
     }
-    _replace(folder / _WEIGHTS, weights)
-    _replace(folder / _CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    storage.replace(place / _WEIGHTS, weights)
+    storage.replace(place / _CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
 
 def load_pretrained(
@@ -60,7 +60,7 @@ def load_pretrained(
     """A model, its variables and its card from a folder that `save_pretrained` wrote.
 
     Args:
-        path: the folder.
+        path: the folder; also of an object store.
         name: only for weights that don't say which model they are; a folder does.
         **fields: override the model's own, e.g. `dtype="bfloat16"` or `unroll=False`.
 
@@ -72,12 +72,12 @@ def load_pretrained(
             weights don't fit the model; the message names what.
         ValueError: fields that a model does not have.
     """
-    folder = Path(path)
+    folder = storage.locate(path)
     if name is not None:
         raise WeightsError(f"{folder} says itself which model it holds: leave name={name!r} out.")
     config = _read_config(folder)
     try:
-        weights = (folder / _WEIGHTS).read_bytes()
+        weights = storage.read_bytes(folder / _WEIGHTS)
     except OSError as error:
         raise WeightsError(f"{folder} has no readable {_WEIGHTS}: {error.strerror}.") from error
     if hashlib.sha256(weights).hexdigest() != config["sha256"]:
@@ -95,9 +95,9 @@ def load_pretrained(
     return model, variables, config["card"]
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: AnyPath) -> dict[str, Any]:
     try:
-        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        config = json.loads(storage.read_bytes(folder / _CONFIG).decode())
     except OSError as error:
         raise WeightsError(
             f"{folder} is not a model folder: it has no readable {_CONFIG} ({error.strerror})."
@@ -124,9 +124,3 @@ def _read_config(folder: Path) -> dict[str, Any]:
         reason = str(error).rstrip(".")
         raise WeightsError(f"{folder / _CONFIG} describes no model: {reason}.") from error
     return config
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)

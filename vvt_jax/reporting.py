@@ -2,11 +2,12 @@
 
 import importlib.util
 import json
-import os
 from collections.abc import Mapping
-from pathlib import Path
 
 from tqdm import tqdm
+
+from vvt_jax import storage
+from vvt_jax.storage import AnyPath
 
 
 class Reporter:
@@ -15,12 +16,12 @@ class Reporter:
     On resume, lines of steps after `start_step` are cut off: they will be written again.
     """
 
-    def __init__(self, workdir: Path, *, start_step: int, total_steps: int):
+    def __init__(self, workdir: AnyPath, *, start_step: int, total_steps: int):
         self._path = workdir / "metrics.jsonl"
-        self._keep_lines_until(start_step)
-        self._file = self._path.open("a", encoding="utf-8")
+        self._journal = storage.open_journal(self._path, self._lines_until(start_step))
         self._tensorboard = None
-        if importlib.util.find_spec("tensorboardX"):
+        # Its files grow with each number: nothing for an object store
+        if importlib.util.find_spec("tensorboardX") and not storage.is_remote(workdir):
             from tensorboardX import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(workdir), purge_step=start_step + 1)
@@ -37,7 +38,7 @@ class Reporter:
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
-        self._file.close()
+        self._journal.close()
         if self._tensorboard:
             self._tensorboard.close()
 
@@ -46,12 +47,13 @@ class Reporter:
         self._bar.update()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Appends one line for the step: `{"step": step, **metrics}`, on disk when this returns."""
+        """Appends one line for the step: `{"step": step, **metrics}`.
+
+        On disk when this returns, or in an object store within a minute, or by `flush`.
+        """
         if not metrics:
             return
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._journal.add(json.dumps({"step": step, **metrics}))
         if self._tensorboard:
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -66,9 +68,15 @@ class Reporter:
             if f"{part}/top1" in metrics:
                 self.say(f"step {step}: {describe(part, metrics)}")
 
+    def flush(self) -> None:
+        """All that was written is there to last when this returns: before a checkpoint is, so that
+        no step is missing after a resume from it."""
+        self._journal.flush()
+
     def last_line(self) -> dict[str, float]:
         """The measurements of the last step that was written, empty at the start of a run."""
-        lines = self._path.read_text(encoding="utf-8").splitlines()
+        self.flush()
+        lines = storage.read_bytes(self._path).decode().splitlines()
         metrics = json.loads(lines[-1]) if lines else {}
         return {name: value for name, value in metrics.items() if name != "step"}
 
@@ -76,19 +84,17 @@ class Reporter:
         """Prints a line without tearing the progress bar."""
         self._bar.write(text)
 
-    def _keep_lines_until(self, step: int) -> None:
+    def _lines_until(self, step: int) -> list[str]:
         if not self._path.exists():
-            return
+            return []
         kept = []
-        for line in self._path.read_text(encoding="utf-8").splitlines():
+        for line in storage.read_bytes(self._path).decode().splitlines():
             try:
                 if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
+                    kept.append(line)
             except json.JSONDecodeError:  # a kill tore the last line
                 continue
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(self._path)
+        return kept
 
 
 def describe(part: str, metrics: Mapping[str, float]) -> str:

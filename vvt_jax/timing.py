@@ -3,10 +3,12 @@
 import contextlib
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TypeVar
 
 import jax
+
+from vvt_jax import storage
+from vvt_jax.storage import AnyPath
 
 Item = TypeVar("Item")
 
@@ -53,9 +55,9 @@ class Trace:
         steps: how many.
     """
 
-    def __init__(self, folder: Path, first: int, steps: int):
+    def __init__(self, folder: AnyPath, first: int, steps: int):
         self._folder, self._first, self._last = folder, first, first + steps - 1
-        self._running = False
+        self._running: contextlib.AbstractContextManager | None = None
 
     def __enter__(self) -> "Trace":
         return self
@@ -66,8 +68,8 @@ class Trace:
     def before(self, step: int) -> None:
         """Starts where that step is the first one."""
         if self._first and step == self._first:
-            jax.profiler.start_trace(self._folder)
-            self._running = True
+            self._running = self._traced()
+            self._running.__enter__()
 
     def after(self, step: int, done: jax.Array) -> None:
         """Waits for the end of the last step, and writes."""
@@ -77,5 +79,10 @@ class Trace:
 
     def _stop(self) -> None:
         if self._running:
-            self._running = False
-            jax.profiler.stop_trace()
+            running, self._running = self._running, None
+            running.__exit__(None, None, None)
+
+    @contextlib.contextmanager
+    def _traced(self) -> Iterator[None]:
+        with storage.local_folder(self._folder) as folder, jax.profiler.trace(folder):
+            yield

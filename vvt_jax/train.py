@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vvt_jax import charts, configuration, costs, forms, parallel
-from vvt_jax.checkpoint import Best, Checkpoints
+from vvt_jax import charts, configuration, costs, forms, parallel, storage
+from vvt_jax.checkpoint import Best, Checkpoints, check_folder
 from vvt_jax.configuration import ConfigError
 from vvt_jax.data.augment import check_augment
 from vvt_jax.data.loader import eval_batches, report_broken, train_batches
@@ -31,6 +32,7 @@ from vvt_jax.recipe import mixing
 from vvt_jax.recipe.optimizer import make_optimizer, make_schedule
 from vvt_jax.recipe.step import Totals, TrainState, init_state, make_train_step
 from vvt_jax.reporting import Reporter, describe
+from vvt_jax.storage import AnyPath
 from vvt_jax.timing import Stopwatch, Trace
 
 _STEPS_AHEAD = 2  # steps given to the devices and not waited for: more would only hold batches
@@ -40,7 +42,7 @@ class NonFiniteLossError(UserError):
     """A loss or gradient that is not a number, or infinite."""
 
 
-def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
+def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     """Trains as the config says, or goes on with what the workdir holds, and evaluates.
 
     The workdir gets `config.json`, `checkpoints/`, `metrics.jsonl`, TensorBoard files and, from the
@@ -50,7 +52,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
 
     Args:
         config: see `configs/common.py`.
-        workdir: the run's folder; given again, the run resumes.
+        workdir: the run's folder, also a `gs://` address; given again, the run resumes. What is
+            different there: `vvt_jax.storage`; and TensorBoard files are written to folders only.
 
     Returns:
         The last evaluation's measurements, as in `metrics.jsonl`.
@@ -59,7 +62,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
         UserError: a config, data set, checkpoint or loss that can't be gone on with, in a sentence.
         Interrupted: SIGTERM or Ctrl-C came; the run was saved.
     """
-    workdir = Path(workdir)
+    workdir = storage.locate(workdir)
+    check_folder(workdir / "checkpoints")
     configuration.check_values(config)
     if config.compilation_cache:
         cache = Path(config.compilation_cache).expanduser()
@@ -143,12 +147,14 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
                 elif step == run.total_steps and not best.step:  # there was no validation
                     run.save_model(workdir / "model", state)
                 if save:
+                    reporter.flush()
                     checkpoints.save(step, state, best)
 
         if interruption.signum:
             if unread is not None:
                 reporter.write(step, run.describe_training(step, unread, stopwatch))
             _check_finite(state.totals)
+            reporter.flush()
             checkpoints.save(step, state, best)
     if interruption.signum:  # also one that came while the last checkpoint was being written
         raise Interrupted(interruption.signum, step)
@@ -410,7 +416,7 @@ class _Run:
         )
 
     def evaluate(
-        self, state: TrainState, part: str, prefix: str, folder: Path | None = None
+        self, state: TrainState, part: str, prefix: str, folder: AnyPath | None = None
     ) -> dict[str, float]:
         """Measurements on a part of the data, none where the config names no split for it; in mode
         "eval" also what each class is taken for, as files in the folder."""
@@ -436,7 +442,7 @@ class _Run:
                 self._write_confusion(folder, name, confusion)
         return metrics
 
-    def _write_confusion(self, folder: Path, name: str, confusion: np.ndarray) -> None:
+    def _write_confusion(self, folder: AnyPath, name: str, confusion: np.ndarray) -> None:
         classes = self._sources["train"].num_classes  # the model may have more
         known, names = confusion[:classes, :classes], self._sources["train"].class_names
         charts.write_per_class(folder / f"{name}_per_class.csv", known, names)
@@ -445,7 +451,7 @@ class _Run:
         except charts.MissingPackageError as error:
             print(error)
 
-    def save_model(self, folder: Path, state: TrainState) -> None:
+    def save_model(self, folder: AnyPath, state: TrainState) -> None:
         """Writes the model folder, with the averaged weights where there are some."""
         card = {
             "preprocessing": self.preprocessing,
@@ -455,7 +461,7 @@ class _Run:
         save_pretrained(folder, self._model, variables, card)
 
 
-def _open_sources(data: ConfigDict, cache_dir: Path | None = None) -> dict[str, Source]:
+def _open_sources(data: ConfigDict, cache_dir: AnyPath | None = None) -> dict[str, Source]:
     splits = {
         "train": data.train_split,
         "validation": data.validation_split,
@@ -501,7 +507,7 @@ def _check_finite(totals: Totals) -> None:
         )
 
 
-def _evaluate_only(run: _Run, config: ConfigDict, workdir: Path) -> dict[str, float]:
+def _evaluate_only(run: _Run, config: ConfigDict, workdir: AnyPath) -> dict[str, float]:
     if config.init_from:
         state, told = run.start_from(config.init_from, run.init_state(), keep_head=True)
         print(*told, sep="\n")

@@ -1,5 +1,6 @@
 """TFRecord files, framed here by hand: what is read, kept and refused."""
 
+import itertools
 import os
 import pickle
 
@@ -26,7 +27,8 @@ def test_records_come_back(tmp_path_factory, write_tfrecord, records):
     offsets = read_offsets(path)
     assert len(offsets) == len(records) + 1
     assert offsets[-1] == path.stat().st_size
-    assert [read_record(path, int(start)) for start in offsets[:-1]] == records
+    found = [read_record(path, *map(int, ends)) for ends in itertools.pairwise(offsets)]
+    assert found == records
 
 
 _RECORDS = [bytes([i]) * (10 + i) for i in range(9)]

@@ -1,15 +1,15 @@
 """Images in folders: a sub-folder for each class."""
 
-import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vvt_jax import storage
 from vvt_jax.data import sources
 from vvt_jax.data.sources import DataError
+from vvt_jax.storage import AnyPath
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _NAMES = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
@@ -29,7 +29,11 @@ class _FolderExamples:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         path = str(self._paths[index])
-        image = sources.decode(path, path, upright=True)
+        try:
+            file = storage.fetched(path)
+        except OSError as error:
+            raise DataError(f"{path} can't be read: {error.strerror}.") from error
+        image = sources.decode(file, path, upright=True)
         return {"image": image, "label": int(self._labels[index])}
 
 
@@ -42,7 +46,7 @@ def open_folder(split: str, data_dir: str | None) -> sources.Source:
     """
     if not data_dir:
         raise DataError("The source 'folder' needs config.data.data_dir, the folder of the images.")
-    root = Path(data_dir).expanduser()
+    root = storage.locate(data_dir).expanduser()
     if not (found := _SPLIT.fullmatch(split)):
         raise DataError(f"{split!r} is no split: write train, train[:90%] or train[100:].")
     name, first, first_percent, last, last_percent = found.groups()
@@ -63,7 +67,7 @@ def open_folder(split: str, data_dir: str | None) -> sources.Source:
     return sources.Source(_FolderExamples(files), tuple(classes), "folder", split)
 
 
-def _split_folders(root: Path) -> dict[str, Path]:
+def _split_folders(root: AnyPath) -> dict[str, AnyPath]:
     """The folder of each split; the root itself is `train` where it has no such sub-folder."""
     subs = _sub_folders(root)
     if "train" not in subs:
@@ -76,15 +80,15 @@ def _split_folders(root: Path) -> dict[str, Path]:
     }
 
 
-def _sub_folders(folder: Path) -> list[str]:
+def _sub_folders(folder: AnyPath) -> list[str]:
     try:
-        with os.scandir(folder) as entries:
-            return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+        folders, _ = storage.list_folder(folder)
     except OSError as error:
         raise DataError(f"{folder} can't be read: {error.strerror}.") from error
+    return [name for name in folders if not name.startswith(".")]
 
 
-def _list(folder: Path, classes: Sequence[str]) -> list[tuple[str, int]]:
+def _list(folder: AnyPath, classes: Sequence[str]) -> list[tuple[str, int]]:
     """(path, label) of every image, by class and name."""
     labels = {name: label for label, name in enumerate(classes)}
     files = []
@@ -92,14 +96,13 @@ def _list(folder: Path, classes: Sequence[str]) -> list[tuple[str, int]]:
         if name not in labels:
             raise DataError(f"{folder / name} is a class that the training images lack.")
         try:
-            with os.scandir(folder / name) as entries:
-                names = [e.name for e in entries if e.name.lower().endswith(SUFFIXES)]
+            _, names = storage.list_folder(folder / name)
         except OSError as error:
             raise DataError(f"{folder / name} can't be read: {error.strerror}.") from error
         files += [
             (str(folder / name / file), labels[name])
-            for file in sorted(names)
-            if not file.startswith(".")
+            for file in names
+            if file.lower().endswith(SUFFIXES) and not file.startswith(".")
         ]
     return files
 

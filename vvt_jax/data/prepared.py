@@ -3,13 +3,14 @@
 import io
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from vvt_jax import storage
 from vvt_jax.data import sources
 from vvt_jax.data.imagenet import readable_class_names
 from vvt_jax.data.sources import DataError
 from vvt_jax.data.tfrecord import TFRecords
+from vvt_jax.storage import AnyPath
 
 
 class _PreparedExamples:
@@ -47,7 +48,7 @@ class _PreparedExamples:
 
 
 def open_prepared(
-    name: str, split: str, data_dir: str | None, cache_dir: Path | None
+    name: str, split: str, data_dir: str | None, cache_dir: AnyPath | None
 ) -> sources.Source:
     """A split of a data set that tfds prepared; see `sources.open_source`."""
     import tensorflow_datasets as tfds
@@ -71,6 +72,11 @@ def open_prepared(
             )
     try:
         if "array_record" in formats:
+            if str(info.data_dir).startswith("s3://"):
+                raise DataError(
+                    f"{name!r} in {info.data_dir} is array_record, which is read from folders and "
+                    "gs:// only: copy it there, or give a copy in TFRecord."
+                )
             records = builder.as_data_source(
                 split,
                 deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
@@ -108,7 +114,8 @@ def _builder(name: str, data_dir: str | None) -> Any:
     from tensorflow_datasets.core.utils import file_utils
 
     tfds_name = name.removeprefix("tfds:")
-    data_dir = None if data_dir is None else os.path.expanduser(data_dir)
+    if data_dir is not None:
+        data_dir = os.fspath(storage.locate(data_dir).expanduser())
     try:
         return read_only_builder.builder_from_files(tfds_name, data_dir=data_dir)
     except registered.DatasetNotFoundError as error:

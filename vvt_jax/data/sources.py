@@ -7,7 +7,6 @@ A further kind of source is one function that `open_source` calls; the loader ne
 import dataclasses
 import functools
 import os
-from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
@@ -15,6 +14,7 @@ import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
 
+from vvt_jax import storage
 from vvt_jax.data import preprocess
 from vvt_jax.errors import UserError
 
@@ -60,9 +60,14 @@ class Source:
 
 
 def open_source(
-    name: str, split: str, *, data_dir: str | None = None, cache_dir: str | Path | None = None
+    name: str,
+    split: str,
+    *,
+    data_dir: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
 ) -> Source:
-    """Opens a data set that is on this machine; never downloads and never uses the network.
+    """Opens a data set that was prepared; never downloads, and uses the network for `gs://` and
+    `s3://` addresses only.
 
     Args:
         name: one of
@@ -75,7 +80,7 @@ def open_source(
             (`"train[:90%]"`). A folder has `train`, of its sub-folders; or, where it has the
             sub-folder `train`, that one and `val` or `validation`, and `test`.
         data_dir: of tfds, where prepared data lies; None: `$TFDS_DATA_DIR`, or
-            `~/tensorflow_datasets`. Of `"folder"`, the folder.
+            `~/tensorflow_datasets`. Of `"folder"`, the folder. Either may be in an object store.
         cache_dir: keeps where the records of TFRecord files begin; None: found anew each time.
 
     Raises:
@@ -86,7 +91,7 @@ def open_source(
     if kind == "tfds":
         from vvt_jax.data.prepared import open_prepared
 
-        return open_prepared(name, split, data_dir, None if cache_dir is None else Path(cache_dir))
+        return open_prepared(name, split, data_dir, cache_dir and storage.locate(cache_dir))
     if name == "folder":
         from vvt_jax.data.folder import open_folder
 

@@ -6,19 +6,23 @@ data's masked CRC32C (4); numbers are little-endian. (TensorFlow, core/lib/io/re
 
 import contextlib
 import hashlib
+import io
 import itertools
 import os
 import zipfile
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import google_crc32c
 import numpy as np
 from tqdm import tqdm
 
+from vvt_jax import storage
 from vvt_jax.data.sources import DataError
+from vvt_jax.storage import AnyPath, StorageError
 
 _HEADER, _FOOTER = 12, 4  # bytes around a record's data
+_FILES_AT_ONCE = 16  # that are indexed: an object store answers slowly, but many at a time
 _MEND = "copy or download the file again"
 
 
@@ -38,10 +42,11 @@ def read_offsets(path: str | os.PathLike) -> np.ndarray:
     """
     offsets = [0]
     try:
-        with open(path, "rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
+        with storage.open_to_skim(path) as file:
+            size = file.seek(0, os.SEEK_END)
             while offsets[-1] < size:
-                header = os.pread(file.fileno(), _HEADER, offsets[-1])
+                file.seek(offsets[-1])
+                header = file.read(_HEADER)
                 if len(header) == _HEADER:
                     length = _length(header, path, offsets[-1])
                     end = offsets[-1] + _HEADER + length + _FOOTER
@@ -56,22 +61,19 @@ def read_offsets(path: str | os.PathLike) -> np.ndarray:
     return np.array(offsets, np.int64)
 
 
-def read_record(path: str | os.PathLike, start: int) -> bytes:
-    """The data of the record that begins at that byte.
+def read_record(path: str | os.PathLike, start: int, end: int) -> bytes:
+    """The data of the record between those bytes.
 
     Raises:
         DataError: the file can't be read, or the record is not what was written.
     """
     try:
-        # Opened anew: data sets have more files than a process may keep open.
-        with open(path, "rb", buffering=0) as file:
-            header = os.pread(file.fileno(), _HEADER, start)
-            length = _length(header, path, start)
-            rest = os.pread(file.fileno(), length + _FOOTER, start + _HEADER)
+        record = storage.read_range(path, start, end)
     except OSError as error:
         raise DataError(f"{path} can't be read: {error.strerror}.") from error
-    data, crc = rest[:length], rest[length:]
-    if len(rest) < length + _FOOTER or int.from_bytes(crc, "little") != masked_crc(data):
+    length = _length(record[:_HEADER], path, start)
+    data, crc = record[_HEADER:-_FOOTER], record[-_FOOTER:]
+    if len(data) != length or int.from_bytes(crc, "little") != masked_crc(data):
         raise DataError(f"{path} is damaged: its record at byte {start} is corrupt: {_MEND}.")
     return data
 
@@ -98,7 +100,9 @@ class TFRecords(Sequence[bytes]):
         DataError: a file is missing, damaged, or has another number of records.
     """
 
-    def __init__(self, parts: Iterable[tuple[str, int, int, int]], cache_dir: Path | None = None):
+    def __init__(
+        self, parts: Iterable[tuple[str, int, int, int]], cache_dir: AnyPath | None = None
+    ):
         self._parts = list(parts)
         self._offsets = _all_offsets([path for path, *_ in self._parts], cache_dir)
         for (path, _, _, expected), offsets in zip(self._parts, self._offsets, strict=True):
@@ -118,31 +122,42 @@ class TFRecords(Sequence[bytes]):
             raise IndexError(f"There is no record {index} of {len(self)}.")
         part = int(np.searchsorted(self._firsts, index, side="right")) - 1
         path, skip, _, _ = self._parts[part]
-        return read_record(path, int(self._offsets[part][skip + index - self._firsts[part]]))
+        first = skip + index - self._firsts[part]
+        return read_record(path, *self._offsets[part][first : first + 2].tolist())
 
 
-def _all_offsets(paths: Sequence[str], cache_dir: Path | None) -> list[np.ndarray]:
+def _all_offsets(paths: Sequence[str], cache_dir: AnyPath | None) -> list[np.ndarray]:
     """Of each file; from the cache where the files are as they were."""
     cached = None
     if cache_dir is not None:
         try:
-            state = [(os.path.abspath(p), (s := os.stat(p)).st_size, s.st_mtime_ns) for p in paths]
+            state = storage.fingerprints(paths)
         except OSError as error:
             raise DataError(f"{error.filename} can't be read: {error.strerror}.") from error
         cached = cache_dir / f"{hashlib.sha256(repr(state).encode()).hexdigest()[:32]}.npz"
         # Missing or damaged: it is made anew
         with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            with cached.open("rb") as file, np.load(file) as content:
+            with np.load(io.BytesIO(storage.read_bytes(cached))) as content:
                 joined, counts = content["offsets"], content["counts"]
             if len(counts) == len(paths) and counts.sum() == len(joined):
                 return np.split(joined, np.cumsum(counts)[:-1])
-    shown = tqdm(paths, desc="Indexing TFRecord files", unit="file", disable=len(paths) < 16)
-    found = [read_offsets(path) for path in shown]
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+        indexed = pool.map(read_offsets, paths)
+        shown = tqdm(
+            indexed,
+            total=len(paths),
+            desc="Indexing TFRecord files",
+            unit="file",
+            disable=len(paths) < 16,
+        )
+        try:
+            found = list(shown)
+        except DataError:
+            pool.shutdown(cancel_futures=True)
+            raise
     if cached is not None:
-        with contextlib.suppress(OSError):  # a folder that can't be written: indexed again then
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            temporary = cached.with_suffix(f".{os.getpid()}.tmp")
-            with temporary.open("wb") as made:
-                np.savez(made, offsets=np.concatenate(found), counts=[len(x) for x in found])
-            temporary.replace(cached)
+        made = io.BytesIO()
+        np.savez(made, offsets=np.concatenate(found), counts=[len(x) for x in found])
+        with contextlib.suppress(StorageError):  # it can't be written: indexed again then
+            storage.replace(cached, made.getvalue())
     return found
