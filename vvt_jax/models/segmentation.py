@@ -22,7 +22,7 @@ _AUXILIARY_MAP = 2  # stage 3's, the deepest whose stride is still fine
 _classifier_init = nn.initializers.normal(0.01)
 
 
-def resize_bilinear(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+def resize_bilinear(x: jax.Array, size: Sequence[int]) -> jax.Array:
     """`[batch, h, w, channels]` -> `[batch, *size, channels]`, pixels' centres aligned.
 
     Whole multiples, which is what a pyramid asks for, are weighted sums of neighbours: the general
@@ -146,7 +146,7 @@ class SemanticFPN(nn.Module):
         for i in (2, 1, 0):
             size = (levels[i].shape[0], *levels[i].shape[1:3], self.channels)
             levels[i] += jax.image.resize(levels[i + 1], size, "nearest")
-        total = 0.0
+        total = jnp.zeros((), self.dtype)
         for i, level in enumerate(levels):
             x = nn.Conv(
                 self.channels, (3, 3), kernel_init=init, dtype=self.dtype, name=f"smooth{i + 1}"
@@ -156,7 +156,7 @@ class SemanticFPN(nn.Module):
                 x = ConvNormRelu(self.channels // 2, 3, dtype=self.dtype, name=name)(x, train)
                 if i:
                     x = resize_bilinear(x, levels[i - finer - 1].shape[1:3])
-            total += x
+            total = total + x
         return Classifier(self.num_classes, self.dropout, name="classifier")(total, train)
 
 
@@ -223,7 +223,7 @@ class Segmenter(VVT):
         num_classes: 1 or more.
     """
 
-    head: str = "fpn"
+    head: str = "fpn"  # type: ignore[assignment]  # the classifier has a layer of that name
     head_channels: int | None = None
     dropout: float = 0.1
     num_classes: int = 150
@@ -252,7 +252,7 @@ class Segmenter(VVT):
         if self.head == "upernet":
             self.auxiliary = AuxiliaryHead(self.num_classes, self.dropout, channels // 2, dtype)
 
-    def __call__(
+    def __call__(  # type: ignore[override]  # in training it gives two
         self, images: jax.Array, train: bool = False
     ) -> jax.Array | tuple[jax.Array, jax.Array | None]:
         """Logits of every pixel, `[batch, height, width, num_classes]`, float32.
