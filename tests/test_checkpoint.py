@@ -64,7 +64,7 @@ def _kept(folder):
 @pytest.mark.parametrize("ema", [True, False], ids=["ema", "no ema"])
 @pytest.mark.parametrize("seed", [0, 1], ids=["no collections", "collections"])
 def test_comes_back_bit_for_bit(tmp_path, ema, seed):
-    state, best = _state(7, seed=seed, ema=ema), Best(step=4, top1=1 / 3)
+    state, best = _state(7, seed=seed, ema=ema), Best(step=4, score=1 / 3)
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         assert checkpoints.latest_step() is None
         checkpoints.save(7, state, best)

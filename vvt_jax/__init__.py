@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "create_model": "vvt_jax.models",
+    "create_segmenter": "vvt_jax.models",
     "list_models": "vvt_jax.models",
     "load_pretrained": "vvt_jax.pretrained",
     "save_pretrained": "vvt_jax.pretrained",
@@ -22,7 +23,7 @@ _SUBMODULES = ("attention", "convert", "data", "models", "pretrained", "train")
 if TYPE_CHECKING:  # what the lazy lookup below resolves to
     from vvt_jax import attention, convert, data, models, pretrained, train
     from vvt_jax.data.preprocess import preprocess
-    from vvt_jax.models import create_model, list_models
+    from vvt_jax.models import create_model, create_segmenter, list_models
     from vvt_jax.pretrained import load_pretrained, save_pretrained
     from vvt_jax.train import train_and_evaluate
 
@@ -30,6 +31,7 @@ __all__ = [
     "attention",
     "convert",
     "create_model",
+    "create_segmenter",
     "data",
     "list_models",
     "load_pretrained",

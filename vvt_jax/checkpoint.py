@@ -40,11 +40,11 @@ class Best:
 
     Attributes:
         step: where it was, the earliest of equals; 0 for none.
-        top1: its validation top-1, a fraction.
+        score: its validation top-1 or mIoU, a fraction.
     """
 
     step: int = 0
-    top1: float = -1.0
+    score: float = -1.0
 
 
 def check_folder(folder: AnyPath) -> None:

@@ -138,6 +138,17 @@ def batch_shardings(mesh: Mesh, batch: Iterable[str]) -> dict[str, NamedSharding
     return {name: NamedSharding(mesh, _IMAGES if name == "image" else _BATCH) for name in batch}
 
 
+def abstract_batch(
+    mesh: Mesh, arrays: Mapping[str, tuple[tuple[int, ...], Any]]
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch to compile for: the shape and dtype of each array, with its sharding."""
+    shardings = batch_shardings(mesh, arrays)
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=shardings[name])
+        for name, (shape, dtype) in arrays.items()
+    }
+
+
 def to_devices(
     batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh
 ) -> Iterator[dict[str, jax.Array]]:

@@ -14,14 +14,17 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from vvt_jax import storage
-from vvt_jax.models import VVT
+from vvt_jax.models import VVT, Segmenter
 from vvt_jax.models.vvt import from_fields, model_fields
 from vvt_jax.storage import AnyPath
 from vvt_jax.weights import WeightsError, check_arrays, variable_shapes
 
 FORMAT_VERSION = 1
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
-_CLASSIFIER = "vvt_jax.models.VVT"
+_CLASSES: dict[str, type[VVT]] = {
+    "vvt_jax.models.VVT": VVT,
+    "vvt_jax.models.Segmenter": Segmenter,
+}
 
 
 def save_pretrained(
@@ -45,7 +48,7 @@ def save_pretrained(
     weights = save_safetensors(arrays)
     config = {
         "format_version": FORMAT_VERSION,
-        "class": _CLASSIFIER,
+        "class": f"vvt_jax.models.{type(model).__name__}",
         "fields": model_fields(model),
         "card": dict(card),
         "sha256": hashlib.sha256(weights).hexdigest(),
@@ -89,7 +92,7 @@ def load_pretrained(
         arrays = load_safetensors(weights)
     except SafetensorError as error:
         raise WeightsError(f"{folder / _WEIGHTS} is not a safetensors file: {error}.") from error
-    model = from_fields({**config["fields"], **fields})
+    model = from_fields(_CLASSES[config["class"]], {**config["fields"], **fields})
     check_arrays(arrays, variable_shapes(model))
     variables = unflatten_dict({name: jnp.asarray(a) for name, a in arrays.items()}, sep="/")
     return model, variables, config["card"]
@@ -116,10 +119,10 @@ def _read_config(folder: AnyPath) -> dict[str, Any]:
             f"{folder} has format version {config['format_version']}, "
             f"but this program reads version {FORMAT_VERSION}."
         )
-    if config["class"] != _CLASSIFIER:
-        raise WeightsError(f"{folder} holds a {config['class']}, not a {_CLASSIFIER}.")
+    if config["class"] not in _CLASSES:
+        raise WeightsError(f"{folder} holds a {config['class']}, not a {' or '.join(_CLASSES)}.")
     try:
-        from_fields(config["fields"])
+        from_fields(_CLASSES[config["class"]], config["fields"])
     except (TypeError, ValueError) as error:
         reason = str(error).rstrip(".")
         raise WeightsError(f"{folder / _CONFIG} describes no model: {reason}.") from error

@@ -9,6 +9,13 @@ from tqdm import tqdm
 from vvt_jax import storage
 from vvt_jax.storage import AnyPath
 
+_SHARES = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "miou": "mIoU",
+    "pixel_accuracy": "pixel accuracy",
+}
+
 
 class Reporter:
     """Writes measurements, one object a step, and shows progress.
@@ -65,7 +72,7 @@ class Reporter:
                 refresh=False,
             )
         for part in ("eval", "eval_ema", "test", "test_ema"):
-            if f"{part}/top1" in metrics:
+            if f"{part}/loss" in metrics:
                 self.say(f"step {step}: {describe(part, metrics)}")
 
     def flush(self) -> None:
@@ -98,9 +105,14 @@ class Reporter:
 
 
 def describe(part: str, metrics: Mapping[str, float]) -> str:
-    """One evaluation in words, e.g. `eval top-1 97.22 %, top-5 100.00 %, loss 0.1034 (144)`."""
+    """One evaluation in words, e.g. `eval top-1 97.22 %, top-5 100.00 %, loss 0.1034 (144 images)`,
+    or `eval mIoU 41.00 %, ...`."""
+    shares = [
+        f"{words} {100 * metrics[f'{part}/{name}']:.2f} %"
+        for name, words in _SHARES.items()
+        if f"{part}/{name}" in metrics
+    ]
     return (
-        f"{part} top-1 {100 * metrics[f'{part}/top1']:.2f} %, "
-        f"top-5 {100 * metrics[f'{part}/top5']:.2f} %, loss {metrics[f'{part}/loss']:.4f} "
+        f"{part} {', '.join(shares)}, loss {metrics[f'{part}/loss']:.4f} "
         f"({metrics[f'{part}/examples']} images)"
     )

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +15,22 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vvt_jax import charts, configuration, costs, forms, parallel, storage
+from vvt_jax import configuration, costs, forms, parallel, storage
 from vvt_jax.checkpoint import Best, Checkpoints, check_folder
 from vvt_jax.configuration import ConfigError
-from vvt_jax.data.augment import check_augment
-from vvt_jax.data.loader import eval_batches, report_broken, train_batches
-from vvt_jax.data.preprocess import check_record
+from vvt_jax.data.loader import report_broken, train_batches
 from vvt_jax.data.sources import Source, open_source
 from vvt_jax.errors import UserError
-from vvt_jax.evaluate import evaluate, make_eval_step
 from vvt_jax.finetune import initial_variables
 from vvt_jax.interruption import Interrupted, Interruption
-from vvt_jax.models import VVT, create_model, unstack_blocks
+from vvt_jax.models import unstack_blocks
 from vvt_jax.pretrained import save_pretrained
 from vvt_jax.recipe import mixing
 from vvt_jax.recipe.optimizer import make_optimizer, make_schedule
 from vvt_jax.recipe.step import Totals, TrainState, init_state, make_train_step
 from vvt_jax.reporting import Reporter, describe
 from vvt_jax.storage import AnyPath
+from vvt_jax.tasks import Measured, make_task, naming
 from vvt_jax.timing import Stopwatch, Trace
 
 _STEPS_AHEAD = 2  # steps given to the devices and not waited for: more would only hold batches
@@ -47,8 +45,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
 
     The workdir gets `config.json`, `checkpoints/`, `metrics.jsonl`, TensorBoard files and, from the
     first evaluation on, `model/`: a `save_pretrained` folder of the weights with the highest
-    validation top-1 so far (the averaged ones where `optimizer.ema_decay` is set; the last ones
-    where there is no validation split).
+    validation top-1 (or mIoU) so far (the averaged ones where `optimizer.ema_decay` is set; the
+    last ones where there is no validation split).
 
     Args:
         config: see `configs/common.py`.
@@ -133,16 +131,16 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
                 metrics = run.describe_training(step, unread, stopwatch)
                 unread = None
             with stopwatch.paused():
-                top1 = None
+                score = None
                 if measure:
                     metrics |= run.evaluate(state, "validation", "eval")
-                    top1 = metrics.get("eval_ema/top1", metrics.get("eval/top1"))
+                    score = run.score(metrics)
                 if step == run.total_steps:
                     metrics |= run.evaluate(state, "test", "test")
                 reporter.write(step, metrics)
                 latest = metrics
-                if top1 is not None and top1 > best.top1:
-                    best, save = Best(step=step, top1=top1), True
+                if score is not None and score > best.score:
+                    best, save = Best(step=step, score=score), True
                     run.save_model(workdir / "model", state)
                 elif step == run.total_steps and not best.step:  # there was no validation
                     run.save_model(workdir / "model", state)
@@ -186,19 +184,9 @@ class _Run:
     def __init__(self, config: ConfigDict, sources: Mapping[str, Source]):
         self._config, self._sources = config, sources
         data = config.data
-        self.preprocessing = {
-            "size": list(data.size),
-            "crop_fraction": data.crop_fraction,
-            "interpolation": data.interpolation,
-            "mean": list(data.mean),
-            "std": list(data.std),
-        }
-        with _naming("config.data"):
-            check_record(self.preprocessing)
-        with _naming("config.augment"):
-            check_augment(config.augment)
-            mixing.check_mixing(config.augment)
-        self._model = _make_model(config, sources["train"].num_classes)
+        self._task = make_task(config, sources["train"])
+        self._model = self._task.model
+        self.preprocessing = self._task.card["preprocessing"]
         self.mesh = parallel.make_mesh(
             config.mesh,
             config.batch_size,
@@ -231,24 +219,18 @@ class _Run:
             (1, *data.size, 3),
             ema=config.optimizer.ema_decay > 0,
         )
-        with _naming("config.data.size"):
+        with naming("config.data.size"):
             images = jax.ShapeDtypeStruct((1, *data.size, 3), np.float32)
             jax.eval_shape(self._model.init, jax.random.key(0), images)
-        with _naming("config.optimizer.freeze"):
+        with naming("config.optimizer.freeze"):
             shapes = jax.eval_shape(self._init, config.seed)
         self._shardings = parallel.state_shardings(self.mesh, shapes)
         self.abstract_state = parallel.abstract(self._shardings, shapes)
-        self._prepare = functools.partial(
-            mixing.prepare_batch,
-            preprocessing=self.preprocessing,
-            augment=config.augment.to_dict(),
-            label_smoothing=config.optimizer.label_smoothing,
-            num_classes=self._model.num_classes,
-        )
         self._train_step = make_train_step(
             self._model,
             optimizer,
-            prepare=self._prepare,
+            prepare=self._task.prepare,
+            loss=self._task.loss,
             ema_decay=config.optimizer.ema_decay,
             accumulate=config.optimizer.accumulate,
             freeze=config.optimizer.freeze,
@@ -315,7 +297,7 @@ class _Run:
             "train",
             update,
             self.abstract_state,
-            self._abstract_batch("image", "label"),
+            parallel.abstract_batch(self.mesh, self._task.train_arrays()),
             donate=(0,),
             out_shardings=(self._shardings, self._shardings.step),
         )
@@ -332,25 +314,8 @@ class _Run:
         return jax.jit(unstack_blocks, out_shardings=shardings)
 
     @functools.cached_property
-    def _eval_step(self) -> Callable[[Any, Mapping[str, jax.Array]], dict[str, jax.Array]]:
-        return parallel.compile_program(
-            "forward",
-            make_eval_step(self._model, self.preprocessing, confusion=self._config.mode == "eval"),
-            self._eval_variables,
-            self._abstract_batch("image", "label", "mask"),
-        )
-
-    def _abstract_batch(self, *names: str) -> dict[str, jax.ShapeDtypeStruct]:
-        batch = self._config.batch_size
-        kinds = {
-            "image": ((batch, *self._config.data.size, 3), np.uint8),
-            "label": ((batch,), np.int32),
-            "mask": ((batch,), np.bool_),
-        }
-        shardings = parallel.batch_shardings(self.mesh, names)
-        return {
-            name: jax.ShapeDtypeStruct(*kinds[name], sharding=shardings[name]) for name in names
-        }
+    def _measure(self) -> Callable[[Any, Source], Measured]:
+        return self._task.evaluator(self.mesh, self._eval_variables)
 
     def train_batches(
         self, start_step: int, say: Callable[[str], None]
@@ -361,6 +326,7 @@ class _Run:
             source,
             record=self.preprocessing,
             augment=self._config.augment.to_dict(),
+            prepare=self._task.train_example,
             batch_size=self._config.batch_size,
             seed=self._config.seed,
             start_step=start_step,
@@ -375,7 +341,7 @@ class _Run:
         with contextlib.closing(self.train_batches(step - 1, print)) as batches:
             batch = next(batches)
         key = mixing.augmentation_key(self._config.seed, step)
-        return jax.device_get(jax.jit(self._prepare)(batch, key))
+        return jax.device_get(jax.jit(self._task.prepare)(batch, key))
 
     def due(self, step: int) -> tuple[bool, bool, bool]:
         """Whether to log, to evaluate and to save after that step."""
@@ -424,41 +390,22 @@ class _Run:
             return {}
         metrics: dict[str, float] = {}
         for name in (prefix, f"{prefix}_ema") if state.ema is not None else (prefix,):
-            batches = eval_batches(
-                self._sources[part],
-                record=self.preprocessing,
-                batch_size=self._config.batch_size,
-                workers=self._config.data.workers,
-                threads=self._config.data.threads,
-            )
-            with contextlib.closing(batches):
-                measured, confusion = evaluate(
-                    self._eval_step,
-                    self._unstack(state.variables(ema=name.endswith("_ema"))),
-                    parallel.to_devices(batches, self.mesh),
-                )
+            variables = self._unstack(state.variables(ema=name.endswith("_ema")))
+            measured, confusion = self._measure(variables, self._sources[part])
             metrics |= {f"{name}/{key}": value for key, value in measured.items()}
             if confusion is not None and folder is not None:
-                self._write_confusion(folder, name, confusion)
+                self._task.write_tables(folder, name, confusion)
         return metrics
 
-    def _write_confusion(self, folder: AnyPath, name: str, confusion: np.ndarray) -> None:
-        classes = self._sources["train"].num_classes  # the model may have more
-        known, names = confusion[:classes, :classes], self._sources["train"].class_names
-        charts.write_per_class(folder / f"{name}_per_class.csv", known, names)
-        try:
-            charts.draw_confusion(folder / f"{name}_confusion.png", known, names)
-        except charts.MissingPackageError as error:
-            print(error)
+    def score(self, metrics: Mapping[str, float]) -> float | None:
+        """What says whether weights are better than others, None where it was not measured."""
+        name = self._task.score
+        return metrics.get(f"eval_ema/{name}", metrics.get(f"eval/{name}"))
 
     def save_model(self, folder: AnyPath, state: TrainState) -> None:
         """Writes the model folder, with the averaged weights where there are some."""
-        card = {
-            "preprocessing": self.preprocessing,
-            "class_names": list(self._sources["train"].class_names),
-        }
         variables = jax.device_get(state.variables(ema=state.ema is not None))
-        save_pretrained(folder, self._model, variables, card)
+        save_pretrained(folder, self._model, variables, self._task.card)
 
 
 def _open_sources(data: ConfigDict, cache_dir: AnyPath | None = None) -> dict[str, Source]:
@@ -475,27 +422,6 @@ def _open_sources(data: ConfigDict, cache_dir: AnyPath | None = None) -> dict[st
     if "train" not in sources:
         raise ConfigError("config.data.train_split is empty: training needs a split.")
     return sources
-
-
-def _make_model(config: ConfigDict, classes: int) -> VVT:
-    fields = {name: value for name, value in config.model.items() if value is not None}
-    with _naming("config.model"):
-        model = create_model(fields.pop("name"), **{"num_classes": classes, **fields})
-    if model.num_classes < classes:
-        raise ConfigError(
-            f"config.model.num_classes={model.num_classes} is too small: "
-            f"{config.data.source} has {classes} classes."
-        )
-    return model
-
-
-@contextlib.contextmanager
-def _naming(fields: str) -> Iterator[None]:
-    """Says which fields of the config a ValueError is about."""
-    try:
-        yield
-    except ValueError as error:
-        raise ConfigError(f"{fields}: {error}") from error
 
 
 def _check_finite(totals: Totals) -> None:
@@ -522,7 +448,7 @@ def _evaluate_only(run: _Run, config: ConfigDict, workdir: AnyPath) -> dict[str,
     metrics = run.evaluate(state, "validation", "eval", folder)
     metrics |= run.evaluate(state, "test", "test", folder)
     for name in metrics:
-        if name.endswith("/top1"):
-            print(f"step {int(state.step)}: {describe(name.removesuffix('/top1'), metrics)}")
+        if name.endswith("/loss"):
+            print(f"step {int(state.step)}: {describe(name.removesuffix('/loss'), metrics)}")
     print(f"What each class is taken for is in {folder}.")
     return metrics

@@ -178,3 +178,14 @@ def train_image(
     if augment["shift"]:
         pixels = np.ascontiguousarray(random_shift(pixels, rng, augment["shift"]))
     return pixels
+
+
+def train_example(
+    example: Mapping[str, Any],
+    rng: np.random.Generator,
+    record: Mapping[str, Any],
+    augment: Mapping[str, Any],
+) -> dict[str, Any]:
+    """An example of a source as `train_image` changes it: `image`, and `label`, int32."""
+    image = train_image(example["image"], rng, record, augment)
+    return {"image": image, "label": np.int32(example["label"])}

@@ -45,6 +45,7 @@ def train_batches(
     seed: int,
     start_step: int = 0,
     repeats: int = 1,
+    prepare: Callable[..., dict[str, Any]] = augment_lib.train_example,
     workers: int = 0,
     threads: int = 4,
 ) -> Generator[Batch, None, None]:
@@ -58,19 +59,22 @@ def train_batches(
     Args:
         source: the examples.
         record: the preprocessing record.
-        augment: the settings of `augment.train_image`.
+        augment: the settings that `prepare` follows.
         batch_size: examples in a batch.
         seed: 0 or more; fixes the order and every image's augmentation.
         start_step: the first batch to give, to resume a run.
         repeats: how often an image comes in turn, each time augmented anew (repeated augmentation,
             Hoffer et al., arXiv 1901.09335); an epoch has as many examples as before, of a part
             of the images.
+        prepare: of an example, a random generator, the record and the settings makes the arrays of
+            the batch's example.
         workers: worker processes; 0 works in this process.
         threads: threads that prepare batches, in each worker; 0 works when a batch is asked for.
 
     Returns:
-        A generator of `{"image": uint8 [batch, height, width, 3], "label": int32 [batch],
-        "broken": int32 [batch]}`; `broken` is the number of the example that was replaced, else -1.
+        A generator of what `prepare` makes, stacked, by default `{"image": uint8 [batch, height,
+        width, 3], "label": int32 [batch]}`; and `broken`, int32 `[batch]`: the number of the
+        example that was replaced, else -1.
 
     Raises:
         DataError: the source is empty, or hardly any image of it can be decoded.
@@ -94,6 +98,7 @@ def train_batches(
                 examples=source.examples,
                 record=dict(record),
                 augment=dict(augment),
+                prepare=prepare,
             ),
             seed=int(augment_seed),
         )
@@ -174,6 +179,7 @@ def _train_example(
     examples: Examples,
     record: Mapping[str, Any],
     augment: Mapping[str, Any],
+    prepare: Callable[..., dict[str, Any]],
 ) -> dict[str, Any]:
     broken = -1
     for _ in range(_SUBSTITUTES):
@@ -183,8 +189,7 @@ def _train_example(
             broken = index if broken < 0 else broken
             index = int(rng.integers(len(examples)))
             continue
-        image = augment_lib.train_image(example["image"], rng, record, augment)
-        return {"image": image, "label": np.int32(example["label"]), "broken": np.int32(broken)}
+        return {**prepare(example, rng, record, augment), "broken": np.int32(broken)}
     raise DataError(f"{_SUBSTITUTES} images in a row can't be decoded: is this data set damaged?")
 
 

@@ -6,7 +6,7 @@ Source: Sun et al., "Vicinity Vision Transformer", arXiv 2206.10552.
 import dataclasses
 import difflib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -166,6 +166,11 @@ class VVT(nn.Module):
         super().__post_init__()
 
     def setup(self):
+        self._make_stages()
+        if self.num_classes:
+            self.head = nn.Dense(self.num_classes, kernel_init=linear_init, name="head")
+
+    def _make_stages(self) -> None:
         dtype = jnp.dtype(self.dtype)
         for i in range(4):
             stage = Stage(
@@ -187,8 +192,6 @@ class VVT(nn.Module):
                 dtype=dtype,
             )
             setattr(self, f"stage{i + 1}", stage)
-        if self.num_classes:
-            self.head = nn.Dense(self.num_classes, kernel_init=linear_init, name="head")
 
     def features(
         self, images: jax.Array, train: bool = False
@@ -231,6 +234,8 @@ class VVT(nn.Module):
         return self.head(pooled) if self.num_classes else pooled
 
 
+Model = TypeVar("Model", bound=VVT)  # the classifier, or what is built upon its stages
+
 VARIANTS = {
     # 233,682 parameters with 10 classes; for small images, where patch_strides may differ
     "vvt_nano": {
@@ -258,22 +263,22 @@ def create_model(name: str, **fields) -> VVT:
         ValueError: an unknown name or field, or a field's value that does not fit.
     """
     if name not in VARIANTS:
-        raise ValueError(f"Unknown model '{name}'{_nearest(name, VARIANTS)}")
-    return from_fields({**VARIANTS[name], **fields})
+        raise ValueError(f"Unknown model '{name}'{nearest(name, VARIANTS)}")
+    return from_fields(VVT, {**VARIANTS[name], **fields})
 
 
-def from_fields(fields: Mapping[str, Any]) -> VVT:
-    """A model from its fields by name, with lists for tuples as JSON has them.
+def from_fields(kind: type[Model], fields: Mapping[str, Any]) -> Model:
+    """A model of that class from its fields by name, with lists for tuples as JSON has them.
 
     Raises:
         ValueError: an unknown field, or a value that does not fit.
     """
-    known = model_fields(VVT())
+    known = model_fields(kind())
     for field in fields:
         if field not in known:
-            raise ValueError(f"A model has no field '{field}'{_nearest(field, known)}")
+            raise ValueError(f"A model has no field '{field}'{nearest(field, known)}")
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-    return VVT(**values)
+    return kind(**values)
 
 
 def model_fields(model: nn.Module) -> dict:
@@ -282,7 +287,8 @@ def model_fields(model: nn.Module) -> dict:
     return {name: getattr(model, name) for name in names if name not in ("parent", "name")}
 
 
-def _nearest(name: str, known) -> str:
+def nearest(name: str, known) -> str:
+    """The end of a sentence about an unknown name: the one that may be meant, or all there are."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean '{near[0]}'?" if near else f": it is one of {', '.join(known)}."
 

@@ -15,6 +15,11 @@ def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy(logits.astype(jnp.float32), targets)
 
 
+def mean_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """The mean of `soft_cross_entropy` over the batch, a number."""
+    return soft_cross_entropy(logits, targets).mean()
+
+
 def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
     """Softmax cross-entropy of each example: `[batch]`, float32, in nats.
 

@@ -10,7 +10,7 @@ import optax
 from flax import linen as nn
 
 from vvt_jax.recipe import mixing
-from vvt_jax.recipe.losses import soft_cross_entropy
+from vvt_jax.recipe.losses import mean_cross_entropy
 from vvt_jax.recipe.optimizer import frozen
 
 
@@ -73,19 +73,20 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     prepare: Callable[[Mapping[str, jax.Array], jax.Array], tuple[jax.Array, jax.Array]],
+    loss: Callable[[Any, jax.Array], jax.Array] = mean_cross_entropy,
     ema_decay: float = 0.0,
     accumulate: int = 1,
     freeze: Sequence[str] = (),
 ) -> Callable[[TrainState, Mapping[str, jax.Array]], TrainState]:
     """The update by one batch, a pure function for `jax.jit`.
 
-    Batches are `image`, uint8 `[batch, height, width, 3]`, and `label`, int32 `[batch]`.
-
     Args:
-        model: gives logits `[batch, num_classes]`.
+        model: takes images and `train=True`.
         optimizer: its state is the state's.
-        prepare: of a batch and a key makes normalised images and targets `[batch, num_classes]`,
-            see `mixing.prepare_batch`.
+        prepare: of a batch and a key makes normalised images and targets `[batch, ...]`, see
+            `mixing.prepare_batch`.
+        loss: of what the model gives and the targets; a mean over the batch, each example with the
+            same weight.
         ema_decay: of the averaged weights, where the state has some.
         accumulate: the batch goes through the model in so many parts, one after the other: the
             same update as in one, to rounding, for models without dropout, in less memory.
@@ -104,39 +105,39 @@ def make_train_step(
                     frozen(params, freeze),
                     params,
                 )
-            logits, mutable = model.apply(
+            outputs, mutable = model.apply(
                 {"params": params, **mutable},
                 images,
                 train=True,
                 rngs={"dropout": key},
                 mutable=list(mutable),
             )
-            return soft_cross_entropy(logits, targets).mean(), mutable
+            return loss(outputs, targets), mutable
 
         differentiate = jax.value_and_grad(loss_of, has_aux=True)
         if accumulate == 1:
-            (loss, mutable), gradients = differentiate(
+            (value, mutable), gradients = differentiate(
                 state.params, state.mutable, images, targets, dropout
             )
         else:
 
             def add(carry, part):
-                loss, gradients, mutable = carry
+                value, gradients, mutable = carry
                 (more, mutable), new = differentiate(state.params, mutable, *part)
-                return (loss + more, jax.tree.map(jnp.add, gradients, new), mutable), None
+                return (value + more, jax.tree.map(jnp.add, gradients, new), mutable), None
 
             start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params), state.mutable)
             parts = (_parts(images, accumulate), _parts(targets, accumulate))
             keys = jax.random.split(dropout, accumulate)
-            (loss, gradients, mutable), _ = jax.lax.scan(add, start, (*parts, keys))
-            loss, gradients = jax.tree.map(lambda x: x / accumulate, (loss, gradients))
+            (value, gradients, mutable), _ = jax.lax.scan(add, start, (*parts, keys))
+            value, gradients = jax.tree.map(lambda x: x / accumulate, (value, gradients))
 
         grad_norm = optax.tree.norm(gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
         totals = Totals(
-            loss=state.totals.loss + loss,
+            loss=state.totals.loss + value,
             grad_norm=state.totals.grad_norm + grad_norm,
             steps=state.totals.steps + 1,
             bad_step=jnp.where(finite | (state.totals.bad_step > 0), state.totals.bad_step, step),

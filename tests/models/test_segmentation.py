@@ -1,0 +1,142 @@
+"""The segmenters: their parts against plain forms, the contract of their outputs, printed costs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vvt_jax import costs, forms
+from vvt_jax.models import create_model, create_segmenter
+from vvt_jax.models.segmentation import HEADS, adaptive_average, resize_bilinear
+from vvt_jax.weights import variable_shapes
+
+# (parameters, printed M, printed G of multiply-adds at 512²); the paper's table on ADE20K
+_PRINTED = {
+    ("vvt_small", "fpn"): (29_262_294, 29.2, 50.9),
+    ("vvt_medium", "fpn"): (51_677_334, 51.7, 70.8),
+    ("vvt_large", "fpn"): (65_618_550, 65.5, 78.1),
+    ("vvt_small", "upernet"): (55_499_884, 55.5, 240),
+    ("vvt_medium", "upernet"): (77_914_924, 77.9, 260),
+    ("vvt_large", "upernet"): (91_856_140, 91.9, 267),
+}
+
+
+@functools.cache
+def _made(head, **fields):
+    """A small segmenter with 5 classes, its variables and compiled forward pass."""
+    model = create_segmenter("vvt_nano", head=head, num_classes=5, head_channels=16, **fields)
+    init = jax.jit(model.init, compiler_options=forms.compiler_options("init"))
+    return model, init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))), jax.jit(model.apply)
+
+
+def _images(batch, height, width):
+    return jax.random.normal(jax.random.key(1), (batch, height, width, 3))
+
+
+@pytest.mark.parametrize("size", [(3, 5), (12, 20), (6, 15), (7, 9)])
+def test_resize_is_the_general_bilinear_form(size):
+    x = _images(2, 3, 5)
+    expected = jax.image.resize(x, (2, *size, 3), "bilinear", antialias=False)
+    np.testing.assert_allclose(resize_bilinear(x, size), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("side", "bins"), [(6, 3), (7, 3), (5, 6), (1, 2)])
+def test_adaptive_average_is_the_mean_of_each_window(side, bins):
+    x = np.asarray(_images(2, side, 4))
+    for q in range(bins):
+        rows = slice(q * side // bins, int(np.ceil((q + 1) * side / bins)))
+        for p in range(bins):
+            columns = slice(p * 4 // bins, int(np.ceil((p + 1) * 4 / bins)))
+            np.testing.assert_allclose(
+                adaptive_average(x, bins)[:, q, p], x[:, rows, columns].mean((1, 2)), atol=1e-6
+            )
+
+
+@pytest.mark.parametrize(("head", "size"), [("fpn", (50, 37)), ("upernet", (37, 50))])
+def test_logits_have_the_images_size(head, size):
+    _, variables, apply = _made(head)
+    logits = apply(variables, _images(2, *size))
+    assert logits.shape == (2, *size, 5)
+    assert logits.dtype == jnp.float32
+    assert np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_training_gives_auxiliary_logits_and_new_statistics(head):
+    model, variables, _ = _made(head)
+    before = variables["batch_stats"]
+    (logits, auxiliary), changed = jax.jit(
+        functools.partial(model.apply, train=True, mutable=["batch_stats"])
+    )(variables, _images(2, 32, 32), rngs={"dropout": jax.random.key(2)})
+    assert logits.shape == (2, 32, 32, 5)
+    assert (auxiliary is None) == (head == "fpn")
+    if auxiliary is not None:
+        assert auxiliary.shape == logits.shape
+        assert auxiliary.dtype == jnp.float32
+    assert ("auxiliary" in before) == (head == "upernet")
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), before, changed["batch_stats"])
+    assert all(jax.tree.leaves(moved))
+
+
+def test_bfloat16_gives_float32_logits_near_those_of_float32():
+    _, variables, apply = _made("upernet")
+    model = _made("upernet")[0].clone(dtype="bfloat16")
+    images = _images(1, 32, 32)
+    logits = jax.jit(model.apply)(variables, images)
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, apply(variables, images), atol=0.02)
+
+
+def test_the_backbone_has_the_classifiers_names_and_maps():
+    model, variables, _ = _made("fpn")
+    classifier = create_model("vvt_nano", num_classes=0)
+    backbone = {k: v for k, v in variables["params"].items() if k.startswith("stage")}
+    expected = {k: s for k, s in variable_shapes(model).items() if k.startswith("params/stage")}
+    assert variable_shapes(classifier) == expected
+    images = _images(1, 32, 32)
+    for ours, theirs in zip(
+        jax.jit(functools.partial(model.apply, method="features"))(variables, images),
+        jax.jit(functools.partial(classifier.apply, method="features"))(
+            {"params": backbone}, images
+        ),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("name", "head"), _PRINTED)
+def test_parameters_are_those_printed(name, head):
+    parameters, printed, _ = _PRINTED[name, head]
+    counted = costs.parameter_count(create_segmenter(name, head=head))
+    assert counted == parameters
+    # All agree to the printed digit but Semantic FPN's small (29.26) and large (65.62)
+    assert abs(counted / 1e6 - printed) < (0.12 if head == "fpn" else 0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "head"), _PRINTED)
+def test_multiply_adds_are_those_printed_within_two_percent(name, head):
+    layers = costs.count(create_segmenter(name, head=head), 512, 512)
+    printed = _PRINTED[name, head][2]
+    assert sum(x.published for x in layers) / 1e9 == pytest.approx(printed, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"head": "unet"}, "head='unet' does not fit"),
+        ({"num_classes": 0}, "at least one class"),
+        ({"dropout": 1.0}, "dropout=1.0 does not fit"),
+        ({"depth": 3}, "did you mean 'depths'"),
+    ],
+)
+def test_fields_that_do_not_fit_are_refused(fields, told):
+    with pytest.raises(ValueError, match=told):
+        create_segmenter("vvt_nano", **fields)
+
+
+def test_an_unknown_backbone_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'vvt_small'"):
+        create_segmenter("vvt_smal")
