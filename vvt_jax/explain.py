@@ -312,8 +312,10 @@ def draw_patch_attention(image: np.ndarray, shown: PatchAttention) -> "Figure":
     if shown.without_locality is not None:
         plain = shown.without_locality.mean(0) / even
         most = max(most, plain.max())
-        ratio = np.divide(local, plain, out=np.full_like(local, np.nan), where=plain > 0)
-        spread = float(np.nanmax(np.abs(np.log2(ratio)), initial=0.1, where=ratio > 0))
+        ratio = np.divide(
+            local, plain, out=np.full_like(local, np.nan), where=(plain > 0) & (local > 0)
+        )
+        spread = float(np.nanmax(np.abs(np.log2(ratio)), initial=0.1))
         scale = {"cmap": "coolwarm", "vmin": -spread, "vmax": spread}
         panels = [
             ("without its locality", plain, {"cmap": "inferno", "vmin": 0, "vmax": most}, ""),

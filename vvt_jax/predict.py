@@ -233,12 +233,13 @@ def _predict(options: argparse.Namespace, complain: Callable[[str], None]) -> No
         if not found:
             return
         options.batch = min(options.batch, len(found))
-    from vvt_jax import explain  # after flag errors
+    if options.heatmap is not None:
+        overlays = Overlays(options.heatmap, list(found), force=options.force)
+    from vvt_jax import explain  # after all that a glance can tell, since it takes seconds
     from vvt_jax.predictor import Predictor, batched, logits_of
 
-    if options.heatmap is not None:
+    if overlays is not None:
         explain.check_matplotlib()
-        overlays = Overlays(options.heatmap, list(found), force=options.force)
     try:
         predictor = Predictor(
             options.model, options.name, batch_size=options.batch, class_names=class_names

@@ -135,13 +135,13 @@ class Predictor:
             images: see the class.
             size: height and width of the model's input, pixels; by default the card's.
         """
-        return self.apply(_pooled, images, size=size)
+        return self.apply(pooled_of, images, size=size)
 
     def features(
         self, images: ImageLike | Iterable[ImageLike], size: Size | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """The four maps `[images, h, w, channels]`, see `VVT.features`; arguments as `pooled`."""
-        return self.apply(_features, images, size=size)
+        return self.apply(features_of, images, size=size)
 
     def describe(self, logits: np.ndarray, top: int = 5) -> Prediction:
         """The most probable classes by an image's logits `[num_classes]`."""
@@ -267,12 +267,12 @@ def logits_of(model: VVT, variables: Any, images: Any) -> Any:
     return model.apply(variables, images)
 
 
-def _features(model: VVT, variables: Any, images: Any) -> Any:
+def features_of(model: VVT, variables: Any, images: Any) -> Any:
     return model.apply(variables, images, method="features")
 
 
-def _pooled(model: VVT, variables: Any, images: Any) -> Any:
-    return _features(model, variables, images)[-1].mean((1, 2), dtype=np.float32)
+def pooled_of(model: VVT, variables: Any, images: Any) -> Any:
+    return features_of(model, variables, images)[-1].mean((1, 2), dtype=np.float32)
 
 
 def _several(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:
