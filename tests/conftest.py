@@ -83,6 +83,20 @@ def run(compilation_cache):
 
 
 @pytest.fixture(scope="session")
+def digits_folder():
+    """The model folder that comes with the repository."""
+    return ROOT / "experiments" / "weights" / "digits"
+
+
+@pytest.fixture(scope="session")
+def predictor(digits_folder):
+    """It as a Predictor, for all that don't change it: its programs are compiled once."""
+    from vvt_jax.predictor import Predictor
+
+    return Predictor(digits_folder)
+
+
+@pytest.fixture(scope="session")
 def clocked():
     """Measurements that no two runs share."""
     return CLOCKED

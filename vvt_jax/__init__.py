@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Predictor": "vvt_jax.predictor",
     "create_model": "vvt_jax.models",
     "create_segmenter": "vvt_jax.models",
     "list_models": "vvt_jax.models",
@@ -18,21 +19,24 @@ _HOMES = {
     "preprocess": "vvt_jax.data.preprocess",
     "train_and_evaluate": "vvt_jax.train",
 }
-_SUBMODULES = ("attention", "convert", "data", "models", "pretrained", "train")
+_SUBMODULES = ("attention", "convert", "data", "explain", "models", "pretrained", "train")
 
 if TYPE_CHECKING:  # what the lazy lookup below resolves to
-    from vvt_jax import attention, convert, data, models, pretrained, train
+    from vvt_jax import attention, convert, data, explain, models, pretrained, train
     from vvt_jax.data.preprocess import preprocess
     from vvt_jax.models import create_model, create_segmenter, list_models
+    from vvt_jax.predictor import Predictor
     from vvt_jax.pretrained import load_pretrained, save_pretrained
     from vvt_jax.train import train_and_evaluate
 
 __all__ = [
+    "Predictor",
     "attention",
     "convert",
     "create_model",
     "create_segmenter",
     "data",
+    "explain",
     "list_models",
     "load_pretrained",
     "models",

@@ -19,6 +19,7 @@ import PIL.Image
 INTERPOLATIONS: dict[str, PIL.Image.Resampling] = {
     method.name.lower(): method for method in PIL.Image.Resampling
 }
+_LARGEST_RESIZED = 2**27  # pixels; a line of pixels would become gigabytes
 _FIELDS = ("size", "crop_fraction", "interpolation", "mean", "std")
 
 
@@ -109,6 +110,10 @@ def eval_image(image: PIL.Image.Image | np.ndarray, record: Mapping[str, Any]) -
 
     Returns:
         uint8 `[height, width, 3]` of the record's size.
+
+    Raises:
+        ValueError: the record, or an image so long and narrow that covering the size needs more
+            than 2^27 pixels.
     """
     check_record(record)
     rgb = to_rgb(image)
@@ -121,6 +126,11 @@ def eval_image(image: PIL.Image.Image | np.ndarray, record: Mapping[str, Any]) -
         resized = (whole(rgb.width * cover_height / rgb.height), cover_height)
     else:
         resized = (cover_width, whole(rgb.height * cover_width / rgb.width))
+    if resized[0] * resized[1] > _LARGEST_RESIZED:
+        raise ValueError(
+            f"An image of {rgb.width} x {rgb.height} pixels is too long and narrow for an input of "
+            f"{width} x {height}."
+        )
     rgb = rgb.resize(resized, resampling(record["interpolation"]))
     left = round((rgb.width - width) / 2)
     top = round((rgb.height - height) / 2)

@@ -18,6 +18,8 @@ from vvt_jax import storage
 from vvt_jax.data import preprocess
 from vvt_jax.errors import UserError
 
+_FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow knows others, and runs a program for one of them
+
 
 class DataError(UserError):
     """The data is missing or unsuitable; the message says in one sentence what can be done."""
@@ -104,7 +106,7 @@ def open_source(
 def decode(
     file: str | os.PathLike | BinaryIO, told: str, *, upright: bool = False
 ) -> PIL.Image.Image:
-    """The RGB image in a file.
+    """The RGB image in a JPEG, PNG or WebP file.
 
     Args:
         file: a path or an open file.
@@ -115,7 +117,7 @@ def decode(
         BrokenImageError: it can't be decoded.
     """
     try:
-        with PIL.Image.open(file) as image:
+        with PIL.Image.open(file, formats=_FORMATS) as image:
             image.load()
             turned = upright and image.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1
             return preprocess.to_rgb(PIL.ImageOps.exif_transpose(image) if turned else image)

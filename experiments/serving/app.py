@@ -1,0 +1,184 @@
+"""A page where a user drops an image and sees its classes and where the model sees them.
+
+    pip install -e '.[serve]'
+    python -m experiments.serving.app --model=experiments/weights/digits
+
+`POST /predict` takes the bytes of a JPEG, PNG or WebP image and answers with JSON:
+`{"classes": [{"name": ..., "probability": ...}, ...], "heatmap": "data:image/png;base64,..."}`, or
+`{"error": "One sentence."}` with a status of 400 and more. An image stays in memory: nothing of a
+request is written to a disk, and no path of one is looked up there.
+"""
+
+import argparse
+import asyncio
+import base64
+import io
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from vvt_jax import explain
+from vvt_jax.data import sources
+from vvt_jax.errors import UserError
+from vvt_jax.predictor import Predictor
+
+try:
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.concurrency import run_in_threadpool
+    from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect, Request
+    from starlette.responses import JSONResponse, Response
+    from starlette.routing import Route
+except ImportError:
+    sys.exit("error: The page needs starlette and uvicorn: pip install 'vvt_jax[serve]'.")
+
+HERE = Path(__file__).parent
+MOST_BYTES = 8 * 2**20  # of a request
+MOST_PIXELS = 2**25  # of an image once decoded, 100 MB
+SECONDS = 30.0  # for a request to arrive
+MOST_WAITING = 16  # requests with an image, each of which may hold so much
+CLASSES = 5
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "img-src data: blob:; connect-src 'self'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+_PAGES = {"/": "page.html", "/page.js": "page.js", "/page.css": "page.css"}
+_KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
+
+
+def create_app(
+    predictor: Predictor, *, most_bytes: int = MOST_BYTES, seconds: float = SECONDS
+) -> Starlette:
+    """The application, for any ASGI server; its process refuses images of over `MOST_PIXELS`.
+
+    Args:
+        predictor: with a classifier; `batch_size=1` answers soonest.
+        most_bytes: of a request's body.
+        seconds: that a body may take to arrive.
+    """
+    predictor.check_classifier()
+    explain.check_matplotlib()
+    PIL.Image.MAX_IMAGE_PIXELS = MOST_PIXELS  # Pillow warns from there on
+    warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
+    class_map = explain.class_map_of(explain.default_stage(predictor))
+    predictor.run(class_map, np.zeros((1, *predictor.size, 3), np.uint8))  # compiled before it asks
+    turn = asyncio.Lock()  # one image at a time: each already uses all cores
+    waiting = 0
+
+    def answer(body: bytes) -> dict[str, Any]:
+        image = sources.decode(io.BytesIO(body), "The image", upright=True)
+        pixels = predictor.pixels(image)
+        logits, maps = predictor.run(class_map, pixels)
+        prediction = predictor.describe(logits[0], CLASSES)
+        picture = io.BytesIO()
+        explain.overlay(pixels[0], maps[0]).save(picture, "PNG")
+        encoded = base64.b64encode(picture.getvalue()).decode()
+        pairs = zip(prediction.names, prediction.probabilities, strict=True)
+        return {
+            "classes": [{"name": name, "probability": share} for name, share in pairs],
+            "heatmap": f"data:image/png;base64,{encoded}",
+        }
+
+    async def predict(request: Request) -> Response:
+        nonlocal waiting
+        if waiting >= MOST_WAITING:
+            raise HTTPException(503, "Too many images are waiting: try again in a moment.")
+        waiting += 1
+        try:
+            async with asyncio.timeout(seconds):
+                body = await _read(request, most_bytes)
+            async with turn:
+                return JSONResponse(await run_in_threadpool(answer, body), headers=_HEADERS)
+        except TimeoutError as error:
+            raise HTTPException(408, "The image took too long to arrive.") from error
+        except ValueError as error:  # what it is about an image that can't be used
+            raise HTTPException(400, _sentence(error)) from error
+        finally:
+            waiting -= 1
+
+    routes = [Route("/predict", predict, methods=["POST"])]
+    for path, name in _PAGES.items():
+        routes.append(Route(path, _page(HERE / name)))
+    handlers: dict[Any, Any] = {HTTPException: _refuse, Exception: _apologise}
+    return Starlette(routes=routes, exception_handlers=handlers)
+
+
+async def _read(request: Request, most_bytes: int) -> bytes:
+    """The body; refused as soon as it is too long, whatever its header says."""
+    body = bytearray()
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > most_bytes:
+                raise HTTPException(
+                    413, f"The image is larger than {most_bytes / 2**20:g} MB: send a smaller one."
+                )
+    except ClientDisconnect as error:
+        raise HTTPException(400, "The image did not arrive whole.") from error
+    if not body:
+        raise HTTPException(400, "There is no image in the request.")
+    return bytes(body)
+
+
+def _sentence(error: ValueError) -> str:
+    cause = error.__cause__
+    if isinstance(cause, PIL.UnidentifiedImageError):  # its text tells an address in memory
+        return "This is no JPEG, PNG or WebP image."
+    if isinstance(cause, PIL.Image.DecompressionBombWarning | PIL.Image.DecompressionBombError):
+        return (
+            f"The image has more than {MOST_PIXELS / 1e6:.0f} million pixels: send a smaller one."
+        )
+    return str(error)
+
+
+def _page(path: Path) -> Any:
+    content, kind = path.read_bytes(), _KINDS[path.suffix]
+
+    async def page(_: Request) -> Response:
+        return Response(content, media_type=kind, headers=_HEADERS)
+
+    return page
+
+
+async def _refuse(_: Request, error: HTTPException) -> Response:
+    told = {404: "There is no such page.", 405: "This page is not asked for in that way."}
+    sentence = told.get(error.status_code, error.detail)
+    headers = {**_HEADERS, **(error.headers or {})}
+    if error.status_code in (408, 413):
+        headers["Connection"] = "close"  # the rest of the body is not wanted
+    return JSONResponse({"error": sentence}, error.status_code, headers)
+
+
+async def _apologise(_: Request, error: Exception) -> Response:
+    del error  # the server logs it
+    return JSONResponse({"error": "Something went wrong here; it is logged."}, 500, _HEADERS)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.serving.app",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, help="a model folder, or published weights")
+    parser.add_argument("--name", help="of the model, for weights that don't say it")
+    parser.add_argument("--host", default="127.0.0.1", help="default: this machine only")
+    parser.add_argument("--port", type=int, default=8000, help="default: %(default)s; 0: any free")
+    options = parser.parse_args(arguments)
+    try:
+        app = create_app(Predictor(options.model, options.name, batch_size=1))
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    uvicorn.run(app, host=options.host, port=options.port)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,421 @@
+"""The command: what it prints and writes, and one sentence for whatever input is bad."""
+
+import contextlib
+import csv
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from vvt_jax import explain, predict
+from vvt_jax.data.sources import open_source
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Ten digits, five of them in sub-folders; their names begin with what they are."""
+    folder = tmp_path_factory.mktemp("images")
+    digits = open_source("digits", "test")
+    for i in range(10):
+        example = digits.examples[i]
+        place = folder / ("" if i < 5 else f"more/{i % 2}")
+        place.mkdir(parents=True, exist_ok=True)
+        picture = PIL.Image.fromarray(example["image"][..., 0])
+        picture.save(place / f"{example['label']}_{i}.png")
+    (folder / "notes.txt").write_text("no image")
+    (folder / ".hidden.png").write_text("not looked at")
+    return folder
+
+
+@pytest.fixture
+def command(digits_folder, monkeypatch, capsys):
+    """Runs the command in this process: exit status, standard output and error."""
+
+    def run(*arguments, model=digits_folder, stdin=None):
+        if stdin is not None:
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        with pytest.raises(SystemExit) as ended:
+            predict.main([f"--model={model}", *map(str, arguments)])
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return ended.value.code, out, err
+
+    return run
+
+
+def test_a_table_of_files_folders_and_patterns(command, images):
+    first = min(images.glob("*_0.png"))
+    status, out, err = command("--top=2", first, images / "more", f"{images}/*_[12].png")
+    assert (status, err) == (0, "")
+    lines = out.splitlines()
+    names = [line for line in lines if not line.startswith(" ")]
+    assert len(names) == 1 + 5 + 2
+    assert names[0] == str(first)
+    assert names[1:6] == sorted(map(str, images.glob("more/*/*.png")))
+    for name, best, second in zip(lines[::3], lines[1::3], lines[2::3], strict=True):
+        share, label = best.split()
+        assert label == Path(name).name[0]
+        assert float(share.rstrip("%")) > float(second.split()[0].rstrip("%"))
+
+
+def test_json_and_csv_say_what_the_predictor_says(command, images, predictor):
+    files = sorted(map(str, images.rglob("[0-9]*.png")))
+    expected = predictor(files, top=3)
+    status, out, _ = command("--top=3", "--format=json", "--batch=16", *files)
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert status == 0
+    assert [line["image"] for line in lines] == files
+    for line, prediction in zip(lines, expected, strict=True):
+        assert tuple(line["labels"]) == prediction.labels
+        assert tuple(line["names"]) == prediction.names
+        np.testing.assert_allclose(line["probabilities"], prediction.probabilities, rtol=1e-4)
+    status, out, _ = command("--top=3", "--format=csv", "--batch=16", *files)
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert status == 0
+    assert list(rows[0]) == ["image", "rank", "label", "name", "probability"]
+    assert [row["image"] for row in rows] == [name for name in files for _ in range(3)]
+    assert [row["rank"] for row in rows] == ["1", "2", "3"] * len(files)
+    assert [int(row["label"]) for row in rows] == [x for p in expected for x in p.labels]
+
+
+def test_a_list_on_standard_input_and_what_is_broken_in_it(command, images, tmp_path):
+    sound = sorted(map(str, images.glob("more/*/*.png")))
+    (tmp_path / "cut.png").write_bytes(Path(sound[0]).read_bytes()[:60])
+    listed = [sound[0], str(tmp_path / "cut.png"), "", "/nowhere/x.png", sound[1]]
+    status, out, err = command("--format=json", "-", stdin="\n".join(listed).encode() + b"\r\n")
+    assert status == 1
+    assert [json.loads(line)["image"] for line in out.splitlines()] == sound[:2]
+    complaints = sorted(err.splitlines())
+    assert len(complaints) == 2
+    assert complaints[0] == "error: /nowhere/x.png does not exist."
+    assert complaints[1].startswith(f"error: {tmp_path}/cut.png can't be decoded: ")
+
+
+def test_other_names_for_the_classes(command, images, tmp_path):
+    labels = tmp_path / "labels.txt"
+    labels.write_text("".join(f"number {i} ☃\n" for i in range(10)), encoding="utf-8")
+    first = min(images.glob("*_0.png"))
+    status, out, _ = command(f"--labels={labels}", "--top=1", "--format=json", first)
+    assert status == 0
+    assert json.loads(out)["names"] == [f"number {first.name[0]} ☃"]
+
+
+def test_heat_maps_are_named_after_their_images(command, images, tmp_path, predictor):
+    other = tmp_path / "other"
+    other.mkdir()
+    first = min(images.glob("*_0.png"))
+    shutil.copy(first, other)
+    out = tmp_path / "deep" / "heat"
+    given = (first, other / first.name, images / "more", f"--heatmap={out}", "--top=1")
+    status, _, err = command(*given)
+    assert (status, err) == (0, "")
+    written = sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())
+    expected = [
+        f"{first.name}.png",
+        f"{first.name}-2.png",
+        *(f"{p.relative_to(images / 'more')}.png" for p in images.glob("more/*/*.png")),
+    ]
+    assert written == sorted(expected)
+    maps = explain.class_maps(predictor, first)
+    overlay = explain.overlay(predictor.pixels(first)[0], maps[0])
+    with PIL.Image.open(out / f"{first.name}.png") as picture:
+        difference = np.asarray(picture).astype(int) - np.asarray(overlay)
+    assert np.abs(difference).max() <= 1
+
+    (out / f"{first.name}.png").write_text("mine")
+    status, printed, err = command(*given)
+    assert (status, printed) == (1, "")
+    assert err == (
+        f"error: {out / first.name}.png exists: give --force to replace it, or another --heatmap.\n"
+    )
+    assert (out / f"{first.name}.png").read_text() == "mine"
+    status, _, _ = command(first, f"--heatmap={out}", "--force", "--stage=1")
+    assert status == 0
+    with PIL.Image.open(out / f"{first.name}.png") as picture:
+        assert picture.size == (224, 224)
+    assert not list(out.rglob("*.tmp"))
+
+
+def test_an_image_is_never_written_over(command, images, tmp_path):
+    first = min(images.glob("*_0.png"))
+    shutil.copy(first, tmp_path / "a.png")
+    shutil.copy(first, tmp_path / "a.png.png")
+    before = (tmp_path / "a.png.png").read_bytes()
+    given = (tmp_path / "a.png", tmp_path / "a.png.png", f"--heatmap={tmp_path}", "--force")
+    status, _, err = command(*given)
+    assert status == 1
+    assert f"{tmp_path}/a.png.png is an image to be read: give another --heatmap." in err
+    assert (tmp_path / "a.png.png").read_bytes() == before
+
+
+# Bad input. Each of these is told before jax is even imported.
+
+
+def _label_files(folder):
+    """Name, content and what is said of it."""
+    return {
+        "missing": (None, "there is no such file"),
+        "empty": (b"", "it is empty"),
+        "truncated": (b"zero\none\ntw\xe2\x98", "it is not UTF-8 text"),
+        "wrong type": (b"\x89PNG\r\n\x1a\n\x00\x00\xff", "it is not UTF-8 text"),
+        "hostile": (b"zero\n\x1b[2Jone\n", "line 2 is no name"),
+        "oversized": (b"x\n" * 2**21 + b"x", "it is larger than 4 MB"),
+        "blank": (b"zero\n\none\n", "line 2 is no name"),
+    }
+
+
+@pytest.mark.parametrize("kind", list(_label_files(None)))
+def test_a_bad_label_file_is_told(command, images, tmp_path, kind):
+    content, words = _label_files(tmp_path)[kind]
+    path = tmp_path / "labels.txt"
+    if content is not None:
+        path.write_bytes(content)
+    status, out, err = command(f"--labels={path}", images)
+    assert (status, out) == (1, "")
+    assert err == f"error: {path} is no file of class names: {words}.\n"
+
+
+def test_a_label_file_for_other_classes_is_told(command, images, tmp_path):
+    (tmp_path / "labels.txt").write_text("cat\ndog\n")
+    status, out, err = command(f"--labels={tmp_path / 'labels.txt'}", images)
+    assert (status, out) == (1, "")
+    assert err == "error: 2 class names do not fit the model's 10 classes.\n"
+
+
+def test_every_kind_of_bad_image_is_told_and_the_rest_goes_on(command, images, tmp_path):
+    sound = min(images.glob("*_0.png"))
+    content = sound.read_bytes()
+    files = {
+        "empty.png": b"",
+        "truncated.png": content[: len(content) // 2],
+        "wrong_type.png": b"GIF89a" + bytes(100),
+        "text.jpg": b"no image at all",
+        "hostile.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n",
+        "flipped.png": content[:40] + bytes([content[40] ^ 255]) + content[41:],
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    PIL.Image.new("1", (20_000, 20_000)).save(tmp_path / "oversized.png")
+    PIL.Image.new("L", (300_000, 1)).save(tmp_path / "line.png")
+    PIL.Image.fromarray(np.zeros((40, 40), np.float32)).save(tmp_path / "float.webp", "TIFF")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "dangling.png").symlink_to("nowhere")
+    (tmp_path / "line\nbreak.png").write_bytes(b"")
+    bad = sorted(tmp_path.iterdir())
+    before = {path: path.read_bytes() for path in bad if path.is_file()}
+    status, out, err = command("--format=json", "--top=1", *bad, "/nowhere.png", sound)
+    assert status == 1
+    assert [json.loads(line)["image"] for line in out.splitlines()] == [str(sound)]
+    complaints = err.splitlines()
+    assert len(complaints) == len(bad) + 1
+    for path in bad:
+        told = str(path).replace("\n", "\\n")
+        (complaint,) = (line for line in complaints if line.startswith(f"error: {told} "))
+        assert complaint.endswith(".")
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "wrong type", "no match"])
+def test_a_bad_folder_is_told(command, images, tmp_path, kind):
+    if kind == "wrong type":
+        (tmp_path / "notes.txt").write_text("no image")
+    given, words = {
+        "missing": (f"{tmp_path}/nowhere/", "does not exist."),
+        "empty": (f"{tmp_path}", "has no images (jpg, jpeg, png, webp)."),
+        "wrong type": (f"{tmp_path}", "has no images (jpg, jpeg, png, webp)."),
+        "no match": (f"{tmp_path}/*.png", "matches nothing."),
+    }[kind]
+    assert command(given) == (1, "", f"error: {given} {words}\n")
+
+
+def test_an_empty_list_is_told(command):
+    told = "error: The list on standard input names no images.\n"
+    assert command("-", stdin=b"") == (1, "", told)
+    assert command("-", stdin=b"\n\n") == (1, "", told)
+
+
+def test_hostile_lists_are_told(command):
+    status, out, err = command("-", stdin=b"a\0b.png\n\xff\xfe.png\n" + b"x" * 5000 + b"\n")
+    assert (status, out) == (1, "")
+    assert len(err.splitlines()) == 3
+
+
+@pytest.mark.parametrize("kind", ["wrong type", "below a file", "too long", "no space in name"])
+def test_a_bad_folder_for_heat_maps_is_told(command, images, tmp_path, kind):
+    (tmp_path / "file").write_text("mine")
+    out = {
+        "wrong type": tmp_path / "file",
+        "below a file": tmp_path / "file" / "heat",
+        "too long": tmp_path / ("x" * 300),
+        "no space in name": Path("/proc/heat"),
+    }[kind]
+    status, printed, err = command(images, f"--heatmap={out}")
+    assert (status, printed) == (1, "")
+    assert err.startswith(f"error: --heatmap={out} can't be a folder: ")
+    assert err.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--top=0", "'0' is no number from 1 to 999999"),
+        ("--top=-1", "'-1' is no number"),
+        ("--top=many", "'many' is no number"),
+        ("--batch=", "'' is no number"),
+        ("--batch=1e9", "'1e9' is no number"),
+        ("--batch=99999999999", "'99999999999' is no number"),
+        ("--format=xml", "invalid choice: 'xml'"),
+        ("--stage=5", "invalid choice: 5"),
+        ("--stage=x", "invalid int value: 'x'"),
+        ("--tops=1", "unrecognized arguments: --tops=1"),
+        ("--force=yes", "ignored explicit argument 'yes'"),
+    ],
+)
+def test_a_bad_flag_is_told(command, images, flag, words):
+    status, out, err = command(flag, images)
+    assert (status, out) == (2, "")
+    assert words in err.splitlines()[-1]
+
+
+def test_without_images_or_a_model_it_says_so(command, capsys):
+    status, _, err = command()
+    assert (status, err.splitlines()[-1]) == (
+        2, "python -m vvt_jax.predict: error: the following arguments are required: images",
+    )  # fmt: skip
+    with pytest.raises(SystemExit):
+        predict.main(["x.png"])
+    assert "required: --model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "truncated", "wrong type"])
+def test_a_bad_model_is_told(command, images, digits_folder, tmp_path, kind):
+    model = tmp_path / "model"
+    if kind == "empty":
+        model.mkdir()
+    elif kind == "truncated":
+        shutil.copytree(digits_folder, model)
+        weights = model / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-9])
+    elif kind == "wrong type":
+        model.write_text("a file")
+    status, out, err = command(images, model=model)
+    assert (status, out) == (1, "")
+    assert err.startswith("error: ")
+    assert str(model) in err
+    assert err.count("\n") == 1
+
+
+def _as_nobody(code, *arguments):
+    """Runs code in a process that may not read everything: root may."""
+    prelude = """
+        import os
+        import sys
+        import matplotlib.colors
+        import vvt_jax.explain
+        from vvt_jax import predict
+
+        if os.getuid() == 0:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+    """
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(prelude) + textwrap.dedent(code), *arguments],
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_what_may_not_be_read_or_written_is_told(images, digits_folder):
+    with contextlib.ExitStack() as stack:
+        # Not tmp_path, which only its owner may enter
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder.chmod(0o755)
+        shutil.copytree(digits_folder, folder / "model")
+        shutil.copytree(digits_folder, folder / "locked_model")
+        (folder / "locked_model" / "config.json").chmod(0)
+        sound = shutil.copy(min(images.glob("*_0.png")), folder / "sound.png")
+        locked = shutil.copy(sound, folder / "locked.png")
+        Path(locked).chmod(0)
+        (folder / "locked").mkdir(mode=0)
+        (folder / "labels.txt").write_text("x\n" * 10)
+        (folder / "labels.txt").chmod(0)
+        (folder / "heat").mkdir(mode=0o555)
+        done = _as_nobody(
+            """
+            folder, sound = sys.argv[1:]
+            model = f"--model={folder}/model"
+            for given in (
+                [model, "--top=1", f"{folder}/locked.png", f"{folder}/locked", sound],
+                [model, sound, f"--labels={folder}/labels.txt"],
+                [model, sound, f"--heatmap={folder}/heat"],
+                [model, sound, f"--heatmap={folder}/heat/deep"],
+                [f"--model={folder}/locked_model", sound],
+            ):
+                try:
+                    predict.main(given)
+                except SystemExit as ended:
+                    print("status", ended.code)
+            """,
+            str(folder),
+            str(sound),
+        )
+        (folder / "locked").chmod(0o700)  # for who tidies up
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == str(sound)
+    assert done.stdout.split("status")[1:] == [" 1\n"] * 5
+    assert done.stderr.splitlines() == [
+        f"error: {folder}/locked can't be read: Permission denied.",
+        f"error: {folder}/locked has no images (jpg, jpeg, png, webp).",
+        f"error: {folder}/locked.png can't be decoded: [Errno 13] Permission denied: "
+        f"'{folder}/locked.png'.",
+        f"error: {folder}/labels.txt can't be read: Permission denied.",
+        f"error: --heatmap={folder}/heat can't be a folder: Permission denied.",
+        f"error: --heatmap={folder}/heat/deep can't be a folder: Permission denied.",
+        f"error: {folder}/locked_model is not a model folder: it has no readable config.json "
+        "(Permission denied).",
+    ]
+
+
+def _process(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "vvt_jax.predict", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        **options,
+    )
+
+
+@pytest.mark.slow
+def test_as_a_process(digits_folder, images):
+    done = _process(f"--model={digits_folder}", images, images / "notes.txt", "--top=1")
+    assert done.returncode == 1
+    assert len(done.stdout.splitlines()) == 20
+    assert done.stderr.startswith(f"error: {images}/notes.txt can't be decoded: ")
+    assert done.stderr.count("\n") == 1
+    done = _process("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--heatmap DIR" in done.stdout
+
+
+@pytest.mark.slow
+def test_whoever_has_seen_enough_may_leave(digits_folder, images):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vvt_jax.predict", f"--model={digits_folder}", str(images)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait() == 0

@@ -1,0 +1,302 @@
+"""Classes of images, from a model folder or published weights.
+
+    python -m vvt_jax.predict --model=runs/digits/model image.png more/ 'photos/*.jpg'
+    find photos -name '*.jpg' | python -m vvt_jax.predict --model=FOLDER --format=csv -
+
+Images are JPEG, PNG or WebP files, folders (with all below them), patterns, or - for a list on
+standard input, a path a line. One that can't be used is told on standard error and the others go
+on; the exit status is then 1.
+"""
+
+import argparse
+import csv
+import dataclasses
+import glob
+import io
+import itertools
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import PIL.Image
+
+from vvt_jax.data import folder
+from vvt_jax.data.sources import BrokenImageError
+from vvt_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from vvt_jax.predictor import Prediction
+
+_LABEL_BYTES = 2**22  # of a file of class names; more is another file
+
+
+def read_labels(path: str | os.PathLike) -> list[str]:
+    """Class names from a text file, one a line in the order of the labels.
+
+    Raises:
+        UserError: a file that can't be read, is empty, or is not text.
+    """
+    try:
+        if not os.path.isfile(path):
+            raise UserError(f"{path} is no file of class names: there is no such file.")
+        if os.path.getsize(path) > _LABEL_BYTES:
+            raise UserError(f"{path} is no file of class names: it is larger than 4 MB.")
+        names = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise UserError(f"{path} is no file of class names: it is not UTF-8 text.") from error
+    if not names:
+        raise UserError(f"{path} is no file of class names: it is empty.")
+    for number, name in enumerate(names, 1):
+        if not name.strip() or not name.isprintable():
+            raise UserError(f"{path} is no file of class names: line {number} is no name.")
+    return names
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """An image file, and its name below the argument that led to it."""
+
+    path: str
+    name: str
+
+
+def find_images(arguments: Iterable[str], complain: Callable[[str], None]) -> Iterator[_Found]:
+    """The image files that arguments of the command mean; what means none is complained about."""
+    for argument in arguments:
+        if argument == "-":
+            lines = (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer)
+            found: Iterator[_Found] = find_images((line for line in lines if line), complain)
+            told = "The list on standard input names no images."
+        elif os.path.isdir(argument):
+            found = _below(argument, complain)
+            kinds = ", ".join(suffix[1:] for suffix in folder.SUFFIXES)
+            told = f"{argument} has no images ({kinds})."
+        elif os.path.lexists(argument) or not glob.has_magic(argument):
+            if not os.path.exists(argument):
+                complain(f"{argument} does not exist.")
+            else:
+                yield _Found(argument, os.path.basename(argument))
+            continue
+        else:
+            matches = sorted(glob.glob(argument, recursive=True))
+            found = find_images(matches, complain)
+            told = f"{argument} matches nothing." if not matches else f"{argument} has no images."
+        first = next(found, None)
+        if first is None:
+            complain(told)
+            continue
+        yield first
+        yield from found
+
+
+def _below(root: str, complain: Callable[[str], None]) -> Iterator[_Found]:
+    def refuse(error: OSError) -> None:
+        complain(f"{error.filename} can't be read: {error.strerror}.")
+
+    for place, folders, files in os.walk(root, onerror=refuse):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if name.lower().endswith(folder.SUFFIXES) and not name.startswith("."):
+                path = os.path.join(place, name)
+                yield _Found(path, os.path.relpath(path, root))
+
+
+class Overlays:
+    """Where heat maps go: into a folder, under the images' own names and `.png`.
+
+    Images of a folder keep their sub-folders; of images with the same name, the second becomes
+    `NAME-2.png`.
+
+    Raises:
+        UserError: something to be written is there already and `force` is not given, or is an
+            image that is to be read, or the folder can't be made.
+    """
+
+    def __init__(self, root: Path, found: Sequence[_Found], *, force: bool):
+        self._force = force
+        taken: set[Path] = set()
+        self._paths: dict[str, Path] = {}
+        inputs = {os.path.realpath(image.path) for image in found}
+        for image in found:
+            if image.path in self._paths:
+                continue
+            for number in itertools.count(1):
+                ending = ".png" if number == 1 else f"-{number}.png"
+                path = root / (image.name + ending)
+                if path not in taken:
+                    break
+            taken.add(path)
+            self._paths[image.path] = path
+            if os.path.realpath(path) in inputs:
+                raise UserError(f"{path} is an image to be read: give another --heatmap.")
+            self._check(path)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            if not os.access(root, os.W_OK | os.X_OK):
+                raise PermissionError(None, "Permission denied")
+        except OSError as error:
+            raise UserError(f"--heatmap={root} can't be a folder: {error.strerror}.") from error
+
+    def _check(self, path: Path) -> None:
+        if os.path.lexists(path) and not self._force:
+            raise UserError(f"{path} exists: give --force to replace it, or another --heatmap.")
+
+    def write(self, image: str, overlay: PIL.Image.Image) -> None:
+        path = self._paths[image]
+        temporary = path.with_name(f"{path.name}.tmp")
+        content = io.BytesIO()
+        overlay.save(content, "PNG")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(content.getvalue())
+            self._check(path)
+            temporary.replace(path)
+        except OSError as error:
+            raise UserError(f"{path} can't be written: {error.strerror}.") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _table(image: str, prediction: "Prediction") -> str:
+    rows = zip(prediction.probabilities, prediction.names, strict=True)
+    return "\n".join([image, *(f"  {share:8.2%}  {name}" for share, name in rows)])
+
+
+def _json(image: str, prediction: "Prediction") -> str:
+    return json.dumps({"image": image, **dataclasses.asdict(prediction)})
+
+
+def _csv(image: str, prediction: "Prediction") -> str:
+    rows = zip(prediction.labels, prediction.names, prediction.probabilities, strict=True)
+    return _csv_lines(
+        [image, rank, label, name, f"{share:.6f}"]
+        for rank, (label, name, share) in enumerate(rows, 1)
+    )
+
+
+def _csv_lines(rows: Iterable[Sequence[Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().rstrip("\n")
+
+
+_FORMATS: dict[str, Callable[[str, "Prediction"], str]] = {
+    "table": _table,
+    "json": _json,
+    "csv": _csv,
+}
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 10**6:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 to 999999")
+    return int(text)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m vvt_jax.predict",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", required=True, help="a model folder, or published weights")
+    parser.add_argument("--name", help="of the model, for weights that don't say it: vvt_small")
+    parser.add_argument("--top", type=_positive, default=5, help="classes an image; default 5")
+    parser.add_argument("--batch", type=_positive, default=16, help="images a call; default 16")
+    parser.add_argument("--format", choices=_FORMATS, default="table", help="default: table")
+    parser.add_argument("--labels", metavar="FILE", help="class names, one a line")
+    parser.add_argument(
+        "--heatmap", metavar="DIR", type=Path, help="writes where each image's best class is seen"
+    )
+    parser.add_argument(
+        "--stage", type=int, choices=range(1, 5), help="of the heat maps; default: one that shows"
+    )
+    parser.add_argument("--force", action="store_true", help="replace heat maps that are there")
+    parser.add_argument("images", nargs="+", help="files, folders, patterns, or - for a list")
+    return parser.parse_args(arguments)
+
+
+def _predict(options: argparse.Namespace, complain: Callable[[str], None]) -> None:
+    class_names = None if options.labels is None else read_labels(options.labels)
+    found: Iterable[_Found] = find_images(options.images, complain)
+    overlays = None
+    if options.heatmap is not None or "-" not in options.images:
+        found = list(found)  # a list on standard input may have no end
+        if not found:
+            return
+        options.batch = min(options.batch, len(found))
+    if options.heatmap is not None:
+        overlays = Overlays(options.heatmap, list(found), force=options.force)
+    from vvt_jax import explain  # after all that a glance can tell, since it takes seconds
+    from vvt_jax.predictor import Predictor, batched, logits_of
+
+    if overlays is not None:
+        explain.check_matplotlib()
+    try:
+        predictor = Predictor(
+            options.model, options.name, batch_size=options.batch, class_names=class_names
+        )
+    except UserError:
+        raise
+    except ValueError as error:  # a model's name or fields
+        raise UserError(str(error)) from error
+    predictor.check_classifier()
+    class_map = explain.class_map_of(options.stage or explain.default_stage(predictor))
+    if options.format == "csv":
+        print("image,rank,label,name,probability")
+    for batch in batched(predictor.read(image.path for image in found), predictor.batch_size):
+        sound = []
+        for path, pixels in batch:
+            if isinstance(pixels, BrokenImageError):
+                complain(str(pixels))
+            else:
+                sound.append((str(path), pixels))
+        if not sound:
+            continue
+        pixels = np.stack([pixels for _, pixels in sound])
+        if overlays is None:
+            logits, maps = predictor.run(logits_of, pixels), None
+        else:
+            logits, maps = predictor.run(class_map, pixels)
+        for i, (path, image) in enumerate(sound):
+            prediction = predictor.describe(logits[i], options.top)
+            print(_FORMATS[options.format](path, prediction), flush=True)
+            if overlays is not None and maps is not None:
+                overlays.write(path, explain.overlay(image, maps[i]))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command; see the module."""
+    options = _parse(arguments)
+    complaints = 0
+
+    def complain(sentence: str) -> None:
+        nonlocal complaints
+        complaints += 1
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
+
+    for stream in (sys.stdout, sys.stderr):  # names of files come out as they went in
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape")
+    warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # the error comes at twice
+    try:
+        _predict(options, complain)
+    except UserError as error:
+        complain(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # whoever reads has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1 if complaints else 0)
+
+
+if __name__ == "__main__":
+    main()
