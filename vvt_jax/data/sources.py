@@ -93,7 +93,9 @@ def open_source(
     if kind == "tfds":
         from vvt_jax.data.prepared import open_prepared
 
-        return open_prepared(name, split, data_dir, cache_dir and storage.locate(cache_dir))
+        return open_prepared(
+            name, split, data_dir, None if cache_dir is None else storage.locate(cache_dir)
+        )
     if name == "folder":
         from vvt_jax.data.folder import open_folder
 
