@@ -16,6 +16,7 @@ import io
 import itertools
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -166,7 +167,12 @@ class Overlays:
 
 def _table(image: str, prediction: "Prediction") -> str:
     rows = zip(prediction.probabilities, prediction.names, strict=True)
-    return "\n".join([image, *(f"  {share:8.2%}  {name}" for share, name in rows)])
+    return "\n".join([_escaped(image), *(f"  {share:8.2%}  {name}" for share, name in rows)])
+
+
+def _escaped(text: str) -> str:
+    """Without what would break the line, or act on a terminal, as a name of a file may."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", lambda found: ascii(found[0])[1:-1], text)
 
 
 def _json(image: str, prediction: "Prediction") -> str:
@@ -232,7 +238,8 @@ def _predict(options: argparse.Namespace, complain: Callable[[str], None]) -> No
         found = list(found)  # a list on standard input may have no end
         if not found:
             return
-        options.batch = min(options.batch, len(found))
+        # A power of two, so that there are few programs for jax's cache of compiled ones
+        options.batch = min(options.batch, 1 << (len(found) - 1).bit_length())
     if options.heatmap is not None:
         overlays = Overlays(options.heatmap, list(found), force=options.force)
     from vvt_jax import explain  # after all that a glance can tell, since it takes seconds
@@ -281,11 +288,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def complain(sentence: str) -> None:
         nonlocal complaints
         complaints += 1
-        print(f"error: {sentence}", file=sys.stderr, flush=True)
+        print(f"error: {_escaped(sentence)}", file=sys.stderr, flush=True)
 
-    for stream in (sys.stdout, sys.stderr):  # names of files come out as they went in
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="surrogateescape")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names of files come out as they went in
     warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # the error comes at twice
     try:
         _predict(options, complain)
