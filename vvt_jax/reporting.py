@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 from tqdm import tqdm
 
 _SHARES = {
@@ -72,6 +74,14 @@ class Reporter:
         for part in ("eval", "eval_ema", "test", "test_ema"):
             if f"{part}/loss" in metrics:
                 self.say(f"step {step}: {describe(part, metrics)}")
+
+    def show(self, step: int, name: str, picture: PIL.Image.Image) -> None:
+        """Keeps a picture of that step: a PNG file in `pictures/`, and in TensorBoard."""
+        path = self._path.parent / "pictures" / f"{name}_{step:08}.png"
+        path.parent.mkdir(exist_ok=True)
+        picture.save(path)
+        if self._tensorboard:
+            self._tensorboard.add_image(name, np.asarray(picture), step, dataformats="HWC")
 
     def last_line(self) -> dict[str, float]:
         """The measurements of the last step that was written, empty at the start of a run."""
