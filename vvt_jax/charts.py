@@ -48,6 +48,34 @@ def write_per_class(path: AnyPath, confusion: np.ndarray, class_names: Sequence[
     storage.replace(path, text.getvalue().encode())
 
 
+def write_per_class_iou(path: AnyPath, confusion: np.ndarray, class_names: Sequence[str]) -> None:
+    """A CSV line for each class: pixels, hits, accuracy, intersection over union.
+
+    Args:
+        path: of the file.
+        confusion: int `[classes, classes]` of pixels; rows are the true classes.
+        class_names: in the order of the labels.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["class", "name", "pixels", "correct", "accuracy", "iou"])
+    predicted = confusion.sum(0)
+    for index, name in enumerate(class_names):
+        pixels, correct = int(confusion[index].sum()), int(confusion[index, index])
+        union = pixels + int(predicted[index]) - correct
+        writer.writerow(
+            [
+                index,
+                name,
+                pixels,
+                correct,
+                f"{correct / pixels:.4f}" if pixels else "",
+                f"{correct / union:.4f}" if union else "",
+            ]
+        )
+    storage.replace(path, text.getvalue().encode())
+
+
 def draw_confusion(path: AnyPath, confusion: np.ndarray, class_names: Sequence[str]) -> None:
     """The matrix as a PNG picture, each row in shares of its class's examples.
 

@@ -75,6 +75,7 @@ def check_values(config: ConfigDict) -> None:
         "optimizer.weight_decay",
         "optimizer.clip_norm",
         "optimizer.learning_rate_batch",
+        "optimizer.auxiliary_weight",
         "data.workers",
         "data.threads",
         "data.broken_limit",
@@ -82,6 +83,10 @@ def check_values(config: ConfigDict) -> None:
         part, _, name = field.partition(".")
         if (config[part][name] or 0) < 0:
             refuse(field, "it can't be negative")
+    if config.optimizer.schedule not in ("cosine", "polynomial"):
+        refuse("optimizer.schedule", "it is 'cosine' or 'polynomial'")
+    if config.optimizer.schedule_power <= 0:
+        refuse("optimizer.schedule_power", "it has to be positive")
     if not 0 < config.optimizer.layer_decay <= 1:
         refuse("optimizer.layer_decay", "it goes from, not including, 0 up to 1")
     if config.optimizer.accumulate < 1 or config.batch_size % config.optimizer.accumulate:

@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vvt_jax import storage
 from vvt_jax.checkpoint import Checkpoints
-from vvt_jax.models import VVT, create_model
+from vvt_jax.models import VVT, Segmenter, create
 from vvt_jax.models.vvt import model_fields
 from vvt_jax.pretrained import load_pretrained
 from vvt_jax.storage import AnyPath
@@ -30,8 +30,9 @@ def initial_variables(
 ) -> tuple[dict[str, Any], list[str]]:
     """The variables to start from, and what has to be said about them.
 
-    The images' size is free, since no weight depends on it. The head stays the fresh one where the
-    classes are other ones.
+    The images' size is free, since no weight depends on it. What follows the backbone stays the
+    fresh one where the classes are other ones, or the given model does another thing, as when a
+    segmenter starts from a classifier.
 
     Args:
         path: a folder that `save_pretrained` wrote; or another run's workdir, for its newest
@@ -57,10 +58,21 @@ def initial_variables(
             )
 
     expected = {name: np.shape(value) for name, value in flatten_dict(dict(fresh), sep="/").items()}
-    head = [name for name in expected if name.startswith("params/head/")]
+    head = [name for name in expected if not name.startswith("params/stage")]
+    other_kind = _kind(source) != _kind(model)
+    if other_kind and keep_head:
+        raise WeightsError(
+            f"config.init_from={str(path)!r} holds a {_kind(source)}, and this config measures a "
+            f"{_kind(model)}."
+        )
     other_classes = names is not None and tuple(names) != tuple(class_names)
     other_shape = any(name not in given or np.shape(given[name]) != expected[name] for name in head)
-    if other_classes or other_shape:
+    if other_kind:
+        told.append(
+            f"Only the backbone is taken: those weights are a {_kind(source)}'s, and this is a "
+            f"{_kind(model)}."
+        )
+    elif other_classes or other_shape:
         old = len(names) if names is not None else source.num_classes
         differ = (
             f"there were {old} classes, here are {len(class_names)}"
@@ -69,13 +81,18 @@ def initial_variables(
         if keep_head:
             raise WeightsError(f"config.init_from={str(path)!r} has other classes: {differ}")
         told.append(f"The head starts anew: {differ}")
-        given = {k: v for k, v in given.items() if not k.startswith("params/head/")}
+    if other_kind or other_classes or other_shape:
+        given = {k: v for k, v in given.items() if k.startswith("params/stage")}
         given |= {name: flatten_dict(dict(fresh), sep="/")[name] for name in head}
     try:
         check_arrays(given, expected)
     except WeightsError as error:
         raise WeightsError(f"config.init_from={str(path)!r}: {error}") from error
     return unflatten_dict(given, sep="/"), told
+
+
+def _kind(model: VVT) -> str:
+    return f"segmenter ({model.head})" if isinstance(model, Segmenter) else "classifier"
 
 
 def _read(path: AnyPath) -> tuple[dict[str, Any], VVT, Sequence[str] | None]:
@@ -91,10 +108,9 @@ def _read(path: AnyPath) -> tuple[dict[str, Any], VVT, Sequence[str] | None]:
     try:
         fields = json.loads(storage.read_bytes(path / "config.json").decode())["model"]
         fields = {name: value for name, value in fields.items() if value is not None}
-        classes = np.shape(arrays.get("params/head/bias", ()))
-        model = create_model(
-            fields.pop("name"), **{**fields, "num_classes": classes[0] if classes else 0}
-        )
+        last = "params/decoder/classifier/linear/bias" if "head" in fields else "params/head/bias"
+        classes = np.shape(arrays.get(last, ()))
+        model = create(fields.pop("name"), **{**fields, "num_classes": (*classes, 0)[0]})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise WeightsError(f"{path / 'config.json'} is not a run's: {error}.") from error
     return arrays, model, None

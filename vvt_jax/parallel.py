@@ -16,6 +16,7 @@ from vvt_jax.errors import UserError
 AXES = ("data", "fsdp", "spatial")
 _BATCH = PartitionSpec(("data", "fsdp"))
 _IMAGES = PartitionSpec(("data", "fsdp"), "spatial")  # rows of an image over "spatial"
+_WITH_ROWS = ("image", "segmentation")  # arrays of a batch that have an image's rows
 _IN_FLIGHT = 2  # batches that are on their way to the devices while one is computed
 
 
@@ -135,7 +136,10 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
 
 def batch_shardings(mesh: Mesh, batch: Iterable[str]) -> dict[str, NamedSharding]:
     """Shardings for the named arrays of a batch: examples over data and fsdp, rows over spatial."""
-    return {name: NamedSharding(mesh, _IMAGES if name == "image" else _BATCH) for name in batch}
+    return {
+        name: NamedSharding(mesh, _IMAGES if name.startswith(_WITH_ROWS) else _BATCH)
+        for name in batch
+    }
 
 
 def abstract_batch(
@@ -147,6 +151,13 @@ def abstract_batch(
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=shardings[name])
         for name, (shape, dtype) in arrays.items()
     }
+
+
+def abstract_like(arrays: Any) -> Any:
+    """Shapes, dtypes and shardings of arrays that are on the devices."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), arrays
+    )
 
 
 def to_devices(

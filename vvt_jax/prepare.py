@@ -2,6 +2,7 @@
 
     python -m vvt_jax.prepare fashion_mnist
     python -m vvt_jax.prepare imagenet2012 --manual_dir=FOLDER_OF_THE_TARS
+    python -m vvt_jax.prepare ade20k --manual_dir=FOLDER_OF_THE_ZIP
     python -m vvt_jax.prepare NAME --from_tfrecord=FOLDER
     python -m vvt_jax.prepare cifar100 --download
 
@@ -78,7 +79,7 @@ def prepare(
     Args:
         name: `"fashion_mnist"`, `"imagenet2012"` (from its archives), or any of tfds's.
         data_dir: where it goes, into `NAME/VERSION`; None: tfds's own place.
-        manual_dir: ImageNet's archives, or the four files of Fashion-MNIST.
+        manual_dir: ImageNet's archives, the four files of Fashion-MNIST, or ADE20K's archive.
         from_tfrecord: the `data_dir` of a copy in TFRecord, of any data set.
         download: tfds's builder may use the network.
 
@@ -102,6 +103,8 @@ def prepare(
         return _from_tfrecord(name, root, Path(from_tfrecord).expanduser())
     if name == "fashion_mnist":
         return _fashion_mnist(root, manual_dir)
+    if name == "ade20k":
+        return _ade20k(root, manual_dir)
     if name == "imagenet2012" and manual_dir:
         return _imagenet(root, Path(manual_dir).expanduser())
     if name == "imagenet2012":
@@ -124,6 +127,23 @@ def _fashion_mnist(root: Path, manual_dir: str | None) -> Path:
     return _run_builder(
         lambda: fashion_mnist.FashionMnist(
             manual_dir=given, data_dir=os.fspath(root), file_format="array_record"
+        )
+    )
+
+
+def _ade20k(root: Path, manual_dir: str | None) -> Path:
+    from vvt_jax.data import ade20k
+
+    if not manual_dir:
+        raise DataError(
+            f"ade20k needs --manual_dir, the folder of ADEChallengeData2016.zip: download "
+            f"{ade20k.URL}."
+        )
+    return _run_builder(
+        lambda: ade20k.Ade20k(
+            manual_dir=Path(manual_dir).expanduser(),
+            data_dir=os.fspath(root),
+            file_format="array_record",
         )
     )
 

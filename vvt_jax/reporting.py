@@ -1,9 +1,12 @@
 """What a run tells: `metrics.jsonl`, TensorBoard where it is installed, and a progress bar."""
 
 import importlib.util
+import io
 import json
 from collections.abc import Mapping
 
+import numpy as np
+import PIL.Image
 from tqdm import tqdm
 
 from vvt_jax import storage
@@ -79,6 +82,15 @@ class Reporter:
         """All that was written is there to last when this returns: before a checkpoint is, so that
         no step is missing after a resume from it."""
         self._journal.flush()
+
+    def show(self, step: int, name: str, picture: PIL.Image.Image) -> None:
+        """Keeps a picture of that step: a PNG file in `pictures/`, and in TensorBoard."""
+        content = io.BytesIO()
+        picture.save(content, "PNG")
+        folder = self._path.parent / "pictures"
+        storage.replace(folder / f"{name}_{step:08}.png", content.getvalue())
+        if self._tensorboard:
+            self._tensorboard.add_image(name, np.asarray(picture), step, dataformats="HWC")
 
     def last_line(self) -> dict[str, float]:
         """The measurements of the last step that was written, empty at the start of a run."""

@@ -4,29 +4,47 @@ The trainer takes a task's model, batches, loss, evaluation and tables, and know
 it. A further task is a further class with these members, and a line in `make_task`.
 """
 
+import collections
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
 import numpy as np
+import PIL.Image
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vvt_jax import charts, models, parallel
+from vvt_jax import charts, models, parallel, segment
 from vvt_jax.configuration import ConfigError
-from vvt_jax.data import augment
+from vvt_jax.data import augment, overlay, segmentation
 from vvt_jax.data.loader import eval_batches
-from vvt_jax.data.preprocess import check_record
+from vvt_jax.data.preprocess import check_record, normalize
 from vvt_jax.data.sources import Source
 from vvt_jax.evaluate import evaluate, make_eval_step
 from vvt_jax.models import VVT
 from vvt_jax.recipe import mixing
-from vvt_jax.recipe.losses import mean_cross_entropy
+from vvt_jax.recipe.losses import mean_cross_entropy, pixel_cross_entropy
 from vvt_jax.storage import AnyPath
 
-Measured = tuple[dict[str, float], np.ndarray | None]  # metrics, and a confusion matrix if counted
+_SHOWN = 4  # images of a picture that compares predictions with the truth
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What an evaluation gives.
+
+    Attributes:
+        metrics: by name.
+        confusion: int `[classes, classes]`, rows are the true classes; None where it isn't counted.
+        picture: of predictions beside the truth, or None.
+    """
+
+    metrics: dict[str, float]
+    confusion: np.ndarray | None
+    picture: PIL.Image.Image | None = None
 
 
 class Task(Protocol):
@@ -112,7 +130,7 @@ class Classification:
                 threads=data.threads,
             )
             with contextlib.closing(batches):
-                return evaluate(step, variables, parallel.to_devices(batches, mesh))
+                return Measured(*evaluate(step, variables, parallel.to_devices(batches, mesh)))
 
         return measure
 
@@ -126,13 +144,139 @@ class Classification:
             print(error)
 
 
+class Segmentation:
+    """One label a pixel."""
+
+    score = "miou"
+    train_example = staticmethod(segmentation.train_example)
+
+    def __init__(self, config: ConfigDict, source: Source):
+        self._config = config
+        self._record, self.card = _describe_data(config.data, source)
+        with naming("config.augment"):
+            segmentation.check_augment(config.augment)
+        if config.optimizer.label_smoothing:
+            raise ConfigError(
+                "config.optimizer.label_smoothing is for classification: set it to 0."
+            )
+        inference = config.inference
+        self._inference = {
+            "short_side": inference.short_side or min(config.data.size),
+            "window": list(config.data.size),
+            "stride": inference.stride,
+            "scales": list(inference.scales),
+            "flip": inference.flip,
+        }
+        with naming("config.inference"):
+            segment.check_inference(self._inference)
+        self.card["inference"] = self._inference
+        self.model = _make_model(config, source)
+
+    def train_arrays(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+        places = (self._config.batch_size, *self._config.data.size)
+        return {"image": ((*places, 3), np.uint8), "segmentation": (places, np.uint8)}
+
+    def prepare(
+        self, batch: Mapping[str, jax.Array], key: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        del key  # nothing is drawn on the device
+        return normalize(batch["image"], self._record), batch["segmentation"]
+
+    def loss(self, outputs: Any, targets: jax.Array) -> jax.Array:
+        logits, auxiliary = outputs
+        loss = pixel_cross_entropy(logits, targets, segmentation.IGNORED)
+        if auxiliary is not None:
+            weight = self._config.optimizer.auxiliary_weight
+            loss += weight * pixel_cross_entropy(auxiliary, targets, segmentation.IGNORED)
+        return loss
+
+    def evaluator(self, mesh: Mesh, variables: Any) -> Callable[[Any, Source], Measured]:
+        scores = segment.make_scores(self.model, self._record, self._inference)
+        names = segmentation.view_names(self._inference["scales"])
+        shapes = variables
+        compiled: dict[Any, jax.stages.Compiled] = {}  # by the size of the images
+        count, draw = (
+            jax.jit(segment.pixel_sums),
+            jax.jit(segment.classes_at_own_size, static_argnums=(2, 3)),
+        )
+
+        def measure(variables: Any, source: Source) -> Measured:
+            loss, images, picture = 0.0, 0, None
+            # Of 64 bits: a set has more pixels than 2³¹
+            confusion = np.zeros((self.model.num_classes,) * 2, np.int64)
+            under_way: collections.deque[Any] = collections.deque()
+
+            def add(sums: Mapping[str, jax.Array]) -> None:
+                nonlocal loss
+                loss += float(sums["loss"])
+                confusion[:] += np.asarray(sums["confusion"])
+
+            batches = segmentation.whole_image_batches(
+                source,
+                record=self._record,
+                inference=self._inference,
+                batch_size=self._config.batch_size,
+                workers=self._config.data.workers,
+                threads=self._config.data.threads,
+            )
+            with contextlib.closing(batches):
+                for batch in parallel.to_devices(batches, mesh):
+                    views = {name: batch[name] for name in names}
+                    size = views["image"].shape
+                    if size not in compiled:
+                        compiled[size] = parallel.compile_program(
+                            "forward", scores, shapes, parallel.abstract_like(views)
+                        )
+                    found = compiled[size](variables, views)
+                    under_way.append(count(found, batch["segmentation"], batch["own_size"]))
+                    images += int(batch["mask"].sum())
+                    if picture is None:
+                        canvas = batch["segmentation"].shape[1:]
+                        classes = draw(found, batch["own_size"], *canvas)
+                        picture = self._compare(jax.device_get({**batch, "found": classes}))
+                    while len(under_way) > 2:
+                        add(under_way.popleft())
+                for sums in under_way:
+                    add(sums)
+            metrics = segment.segmentation_metrics(loss, confusion)
+            return Measured({**metrics, "examples": images}, confusion, picture)
+
+        return measure
+
+    def _compare(self, batch: Mapping[str, np.ndarray]) -> PIL.Image.Image:
+        images, truths, predictions = [], [], []
+        for i in range(min(_SHOWN, int(batch["mask"].sum()))):
+            height, width = batch["own_size"][i]
+            images.append(PIL.Image.fromarray(batch["image"][i]).resize((width, height)))
+            truths.append(batch["segmentation"][i, :height, :width])
+            predictions.append(batch["found"][i, :height, :width])
+        return overlay.draw_comparison(images, truths, predictions, self._all_names())
+
+    def _all_names(self) -> list[str]:
+        names = self.card["class_names"]
+        return [*names, *(f"class {i}" for i in range(len(names), self.model.num_classes))]
+
+    def write_tables(self, folder: AnyPath, name: str, confusion: np.ndarray) -> None:
+        charts.write_per_class_iou(
+            folder / f"{name}_per_class_iou.csv", confusion, self.card["class_names"]
+        )
+
+
 def make_task(config: ConfigDict, source: Source) -> Task:
     """The task of a config, for the classes of its training images.
 
     Raises:
         ConfigError: settings that it can't be run with.
     """
-    return Classification(config, source)
+    task = Segmentation if config.model.head else Classification
+    if source.pixels != (task is Segmentation):
+        raise ConfigError(
+            f"{config.data.source!r} labels pixels: config.model.head has to be 'fpn' or 'upernet'."
+            if source.pixels
+            else f"{config.data.source!r} labels whole images, and config.model.head="
+            f"{config.model.head!r} is for those that label pixels."
+        )
+    return task(config, source)
 
 
 def _describe_data(data: ConfigDict, source: Source) -> tuple[dict[str, Any], dict[str, Any]]:

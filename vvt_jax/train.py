@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 from ml_collections import ConfigDict
 
 from vvt_jax import configuration, costs, forms, parallel, storage
@@ -130,13 +131,14 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
             if unread is not None:
                 metrics = run.describe_training(step, unread, stopwatch)
                 unread = None
+            show = functools.partial(reporter.show, step)
             with stopwatch.paused():
                 score = None
                 if measure:
-                    metrics |= run.evaluate(state, "validation", "eval")
+                    metrics |= run.evaluate(state, "validation", "eval", show=show)
                     score = run.score(metrics)
                 if step == run.total_steps:
-                    metrics |= run.evaluate(state, "test", "test")
+                    metrics |= run.evaluate(state, "test", "test", show=show)
                 reporter.write(step, metrics)
                 latest = metrics
                 if score is not None and score > best.score:
@@ -165,8 +167,9 @@ def see_batch(
     """What the model sees at a step of training, counted from 1.
 
     Returns:
-        float32 images `[batch, height, width, 3]`, targets `[batch, num_classes]`, the
-        preprocessing record that they were normalised by, and the classes' names.
+        float32 images `[batch, height, width, 3]`, targets `[batch, num_classes]` (of segmentation:
+        masks `[batch, height, width]`), the preprocessing record that they were normalised by, and
+        the classes' names.
 
     Raises:
         UserError: as `train_and_evaluate`.
@@ -382,19 +385,26 @@ class _Run:
         )
 
     def evaluate(
-        self, state: TrainState, part: str, prefix: str, folder: AnyPath | None = None
+        self,
+        state: TrainState,
+        part: str,
+        prefix: str,
+        folder: AnyPath | None = None,
+        show: Callable[[str, PIL.Image.Image], None] | None = None,
     ) -> dict[str, float]:
-        """Measurements on a part of the data, none where the config names no split for it; in mode
-        "eval" also what each class is taken for, as files in the folder."""
+        """Measurements on a part of the data, none where the config names no split for it; what
+        each class is taken for goes into the folder, and pictures to `show`, where given."""
         if part not in self._sources:
             return {}
         metrics: dict[str, float] = {}
         for name in (prefix, f"{prefix}_ema") if state.ema is not None else (prefix,):
             variables = self._unstack(state.variables(ema=name.endswith("_ema")))
-            measured, confusion = self._measure(variables, self._sources[part])
-            metrics |= {f"{name}/{key}": value for key, value in measured.items()}
-            if confusion is not None and folder is not None:
-                self._task.write_tables(folder, name, confusion)
+            measured = self._measure(variables, self._sources[part])
+            metrics |= {f"{name}/{key}": value for key, value in measured.metrics.items()}
+            if measured.confusion is not None and folder is not None:
+                self._task.write_tables(folder, name, measured.confusion)
+            if measured.picture is not None and show is not None:
+                show(name, measured.picture)
         return metrics
 
     def score(self, metrics: Mapping[str, float]) -> float | None:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -15,6 +15,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _NAMES = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
 _SPLIT = re.compile(r"(\w+)(?:\[(?:(\d+)(%?))?:(?:(\d+)(%?))?\])?")
 _ORDER_SEED = 0  # of the order that parts of a split are cut from
+File = TypeVar("File")
 
 
 class _FolderExamples:
@@ -47,11 +48,8 @@ def open_folder(split: str, data_dir: str | None) -> sources.Source:
     if not data_dir:
         raise DataError("The source 'folder' needs config.data.data_dir, the folder of the images.")
     root = storage.locate(data_dir).expanduser()
-    if not (found := _SPLIT.fullmatch(split)):
-        raise DataError(f"{split!r} is no split: write train, train[:90%] or train[100:].")
-    name, first, first_percent, last, last_percent = found.groups()
-    name = "validation" if name == "val" else name
-    places = _split_folders(root)
+    name = split_name(split)
+    places = split_folders(root)
     if name not in places:
         raise DataError(f"{root} has no split {name!r}: it has {', '.join(places)}.")
     classes = _sub_folders(places["train"])
@@ -59,15 +57,32 @@ def open_folder(split: str, data_dir: str | None) -> sources.Source:
     if not files:
         kinds = ", ".join(suffix[1:] for suffix in SUFFIXES)
         raise DataError(f"{places[name]} has no images in class folders ({kinds}).")
-    if "[" in split:
-        start = _count(first, first_percent, len(files), 0)
-        stop = _count(last, last_percent, len(files), len(files))
-        order = np.random.default_rng(_ORDER_SEED).permutation(len(files))
-        files = [files[i] for i in sorted(order[start:stop])]
-    return sources.Source(_FolderExamples(files), tuple(classes), "folder", split)
+    return sources.Source(_FolderExamples(cut(files, split)), tuple(classes), "folder", split)
 
 
-def _split_folders(root: AnyPath) -> dict[str, AnyPath]:
+def split_name(split: str) -> str:
+    """`train`, `validation` or another name, of a split that may be a part of it.
+
+    Raises:
+        DataError: it is written in another way.
+    """
+    if not (found := _SPLIT.fullmatch(split)):
+        raise DataError(f"{split!r} is no split: write train, train[:90%] or train[100:].")
+    return "validation" if found[1] == "val" else found[1]
+
+
+def cut(files: list[File], split: str) -> list[File]:
+    """The files of a part of a split, such as `train[:90%]`, out of a fixed random order."""
+    if "[" not in split or not (found := _SPLIT.fullmatch(split)):
+        return files
+    _, first, first_percent, last, last_percent = found.groups()
+    start = _count(first, first_percent, len(files), 0)
+    stop = _count(last, last_percent, len(files), len(files))
+    order = np.random.default_rng(_ORDER_SEED).permutation(len(files))
+    return [files[i] for i in sorted(order[start:stop])]
+
+
+def split_folders(root: AnyPath) -> dict[str, AnyPath]:
     """The folder of each split; the root itself is `train` where it has no such sub-folder."""
     subs = _sub_folders(root)
     if "train" not in subs:

@@ -80,7 +80,8 @@ def train_batches(
         DataError: the source is empty, or hardly any image of it can be decoded.
         ValueError: a setting is out of range.
     """
-    _check(source, record, batch_size, workers, threads)
+    check(source, batch_size, workers, threads)
+    preprocess.check_record(record)
     augment_lib.check_augment(augment)
     if repeats < 1:
         raise ValueError(f"`repeats` must be 1 or more, not {repeats}.")
@@ -106,7 +107,7 @@ def train_batches(
         # up beyond the largest length.
         .batch(batch_size, drop_remainder=True)
     )
-    return _batches(dataset[start_step:], workers, threads)
+    return stream(dataset[start_step:], workers, threads)
 
 
 def eval_batches(
@@ -134,19 +135,18 @@ def eval_batches(
         DataError: the source is empty.
         ValueError: a setting is out of range.
     """
-    _check(source, record, batch_size, workers, threads)
+    check(source, batch_size, workers, threads)
+    preprocess.check_record(record)
     dataset = (
         grain.MapDataset.source(source.examples)
         .map(functools.partial(_eval_example, record=dict(record)))
         .batch(batch_size)
         .map(functools.partial(_pad, batch_size=batch_size))
     )
-    return _batches(dataset, workers, threads)
+    return stream(dataset, workers, threads)
 
 
-def _check(
-    source: Source, record: Mapping[str, Any], batch_size: int, workers: int, threads: int
-) -> None:
+def check(source: Source, batch_size: int, workers: int, threads: int) -> None:
     """Refuses at the call what would otherwise fail at the first batch, or in a worker."""
     if not len(source.examples):
         raise DataError(f"The split {source.split!r} of {source.name!r} has no examples.")
@@ -154,7 +154,6 @@ def _check(
         raise ValueError(f"`batch_size` must be 1 or more, not {batch_size}.")
     if workers < 0 or threads < 0:
         raise ValueError(f"`workers` and `threads` must be 0 or more, not {workers}, {threads}.")
-    preprocess.check_record(record)
 
 
 class _RepeatEach(grain.MapDataset):
@@ -247,7 +246,8 @@ def _pad(batch: Mapping[str, np.ndarray], batch_size: int) -> dict[str, np.ndarr
     }
 
 
-def _batches(dataset: grain.MapDataset, workers: int, threads: int) -> Generator[Batch, None, None]:
+def stream(dataset: grain.MapDataset, workers: int, threads: int) -> Generator[Batch, None, None]:
+    """The elements of a data set in their order, prepared ahead."""
     # Each thread prepares a whole batch. grain would keep 500 of them ready if not told otherwise.
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     batches = dataset.to_iter_dataset(options)

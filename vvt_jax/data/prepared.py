@@ -7,6 +7,7 @@ from typing import Any
 
 from vvt_jax import storage
 from vvt_jax.data import sources
+from vvt_jax.data.folder_segmentation import decode_mask
 from vvt_jax.data.imagenet import readable_class_names
 from vvt_jax.data.sources import DataError
 from vvt_jax.data.tfrecord import TFRecords
@@ -24,6 +25,7 @@ class _PreparedExamples:
         self._records = records
         self._features = features
         self._told = told
+        self._decoders = [key for key in ("image", "segmentation") if key in features]
 
     def __len__(self) -> int:
         return len(self._records)
@@ -33,7 +35,8 @@ class _PreparedExamples:
         import tensorflow_datasets as tfds
 
         return self._features.deserialize_example_np(
-            self._records[index], decoders={"image": tfds.decode.SkipDecoding()}
+            self._records[index],
+            decoders={key: tfds.decode.SkipDecoding() for key in self._decoders},
         )
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -41,10 +44,12 @@ class _PreparedExamples:
         told = f"Image {index} of {self._told}"
         if "file_name" in example:
             told += f" ({bytes(example['file_name']).decode(errors='replace')})"
-        return {
-            "image": sources.decode(io.BytesIO(example["image"]), told),
-            "label": int(example["label"]),
-        }
+        image = sources.decode(io.BytesIO(example["image"]), told)
+        if "segmentation" not in example:
+            return {"image": image, "label": int(example["label"])}
+        classes = self._features["segmentation"].num_classes
+        mask = decode_mask(io.BytesIO(example["segmentation"]), f"The mask of {told}", classes)
+        return {"image": image, "label": mask}
 
 
 def open_prepared(
@@ -64,7 +69,13 @@ def open_prepared(
             f"`python -m vvt_jax.prepare {name.removeprefix('tfds:')} --data_dir=...`."
         )
     features = info.features if isinstance(info.features, tfds.features.FeaturesDict) else {}
-    for key, wanted in (("image", tfds.features.Image), ("label", tfds.features.ClassLabel)):
+    pixels = "segmentation" in features
+    label = (
+        ("segmentation", tfds.features.LabeledImage)
+        if pixels
+        else ("label", tfds.features.ClassLabel)
+    )
+    for key, wanted in (("image", tfds.features.Image), label):
         if key not in features or not isinstance(features[key], wanted):
             raise DataError(
                 f"{name!r} has no feature {key!r} of type {wanted.__name__}, only "
@@ -94,14 +105,14 @@ def open_prepared(
             [(str(p.filename), p.skip, p.take, p.examples_in_shard) for p in parts], cache_dir
         )
     used = tfds.features.FeaturesDict(
-        {key: features[key] for key in ("image", "label", "file_name") if key in features}
+        {key: features[key] for key in ("image", label[0], "file_name") if key in features}
     )
     examples = _PreparedExamples(records, used, f"{name!r}, split {split!r}")
     # tfds gives the examples of an unlabelled test split the label -1.
-    if len(examples) and examples.encoded(0)["label"] < 0:
+    if not pixels and len(examples) and examples.encoded(0)["label"] < 0:
         raise DataError(f"The examples of {name!r}, split {split!r}, have no labels.")
-    names = readable_class_names(features["label"].names)
-    return sources.Source(examples, names, name, split)
+    names = readable_class_names(features[label[0]].names)
+    return sources.Source(examples, names, name, split, pixels=pixels)
 
 
 def _builder(name: str, data_dir: str | None) -> Any:

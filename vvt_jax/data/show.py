@@ -17,6 +17,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from vvt_jax.configuration import ConfigError, parse_flags
+from vvt_jax.data.overlay import draw_comparison
 from vvt_jax.errors import UserError
 
 _WIDTH = 1600  # pixels of the sheet, at most
@@ -76,7 +77,8 @@ def training_batch(config: ConfigDict, step: int) -> tuple[np.ndarray, np.ndarra
         step: counted from 1.
 
     Returns:
-        uint8 images `[batch, height, width, 3]`, targets `[batch, classes]` and the classes' names.
+        uint8 images `[batch, height, width, 3]`, targets `[batch, classes]` (of segmentation: uint8
+        masks `[batch, height, width]`) and the classes' names.
 
     Raises:
         UserError: the config or its data is unsuitable.
@@ -98,7 +100,11 @@ def main(argv: list[str], arguments: Mapping[str, Any]) -> None:
             raise ConfigError("--step and --images count from 1.")
         images, targets, names = training_batch(arguments["config"].value, step)
         out = Path(arguments["out"].value)
-        sheet = draw_sheet(images[:count], targets[:count], names)
+        if targets.ndim == 3:
+            pictures = [PIL.Image.fromarray(image) for image in images[:count]]
+            sheet = draw_comparison(pictures, list(targets[:count]), None, names)
+        else:
+            sheet = draw_sheet(images[:count], targets[:count], names)
         try:
             sheet.save(out, "PNG")
         except OSError as error:

@@ -44,17 +44,20 @@ class Source:
     Attributes:
         examples: `len(examples)` and `examples[i]`, a dict with `image`, an RGB PIL image or a
             uint8 array `[height, width, 1 or 3]` of any size, and `label`, an int that indexes
-            `class_names`; BrokenImageError for an image that can't be decoded. It can be pickled,
+            `class_names`, or with `pixels` a uint8 array `[height, width]` of such, where 255 is
+            ignored; BrokenImageError for an image that can't be decoded. It can be pickled,
             for the loader's worker processes.
         class_names: the classes' names in the order of their labels.
         name: the name that opened it.
         split: the split that was asked for.
+        pixels: each pixel has a label, not each image.
     """
 
     examples: Examples
     class_names: tuple[str, ...]
     name: str
     split: str
+    pixels: bool = False
 
     @property
     def num_classes(self) -> int:
@@ -77,7 +80,8 @@ def open_source(
             `validation` (144) and `test` (360);
             `"tfds:NAME[/CONFIG][:VERSION]"`: a TensorFlow Datasets data set prepared as
             array_record or TFRecord, read without TensorFlow and without the builder's code;
-            `"folder"`: JPEG, PNG and WebP files in a sub-folder for each class.
+            `"folder"`: JPEG, PNG and WebP files in a sub-folder for each class;
+            `"folder_segmentation"`: images and masks of the same name, see the module's text.
         split: the split's name. For tfds and folders also parts of it as tfds writes them
             (`"train[:90%]"`). A folder has `train`, of its sub-folders; or, where it has the
             sub-folder `train`, that one and `val` or `validation`, and `test`.
@@ -100,9 +104,16 @@ def open_source(
         from vvt_jax.data.folder import open_folder
 
         return open_folder(split, data_dir)
+    if name == "folder_segmentation":
+        from vvt_jax.data.folder_segmentation import open_folder_segmentation
+
+        return open_folder_segmentation(split, data_dir)
     if name == "digits":
         return _open_digits(name, split)
-    raise DataError(f"Unknown data source {name!r}: it must be 'digits', 'tfds:NAME' or 'folder'.")
+    raise DataError(
+        f"Unknown data source {name!r}: it must be 'digits', 'tfds:NAME', 'folder' or "
+        "'folder_segmentation'."
+    )
 
 
 def decode(

@@ -30,3 +30,21 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) 
     """
     targets = jax.nn.one_hot(labels, logits.shape[-1])
     return soft_cross_entropy(logits, optax.smooth_labels(targets, smoothing))
+
+
+def pixel_cross_entropy(logits: jax.Array, labels: jax.Array, ignored: int) -> jax.Array:
+    """The mean over all pixels of their softmax cross-entropy, float32, in nats.
+
+    Ignored pixels add nothing, but count in the mean, as in mmsegmentation: so each pixel has the
+    same weight in whatever batch, device or part of a batch it comes.
+
+    Args:
+        logits: `[batch, height, width, num_classes]`.
+        labels: `[batch, height, width]`, class numbers.
+        ignored: the number of pixels that don't count.
+    """
+    counted = labels != ignored
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        logits.astype(jnp.float32), jnp.where(counted, labels, 0).astype(jnp.int32)
+    )
+    return jnp.where(counted, losses, 0).mean()

@@ -1,4 +1,4 @@
-"""AdamW with warm-up, cosine and clipping, from the config's `optimizer` fields; for fine-tuning,
+"""AdamW with warm-up, decay and clipping, from the config's `optimizer` fields; for fine-tuning,
 learning rates that fall with the depth, and parameters that stay as they are."""
 
 import re
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -15,12 +16,14 @@ _STAGE = re.compile(r"stage(\d+)")
 def make_schedule(
     fields: Mapping[str, Any], total_steps: int, warmup_steps: int, batch_size: int = 0
 ) -> optax.Schedule:
-    """Learning rate by step: linear warm-up, then a cosine that ends at the last step.
+    """Learning rate by step: linear warm-up, and a decay that ends at the last step.
 
     Args:
         fields: `learning_rate` (at its peak), `learning_rate_batch` (where it is not 0, the peak is
             that of so many images and grows in proportion to the batch: Goyal et al., arXiv
-            1706.02677), `warmup_learning_rate` and `final_learning_rate`.
+            1706.02677), `warmup_learning_rate` and `final_learning_rate`; `schedule`, `"cosine"`
+            after the warm-up, or `"polynomial"`, of the power `schedule_power`, which falls from
+            the first step on and which the warm-up scales (as mmsegmentation has it).
         total_steps: of the run.
         warmup_steps: 0 or more; the peak is reached at the latest at the last step.
         batch_size: images of an update.
@@ -29,6 +32,16 @@ def make_schedule(
     if fields["learning_rate_batch"]:
         peak *= batch_size / fields["learning_rate_batch"]
     warmup = min(warmup_steps, total_steps - 1)
+    if fields["schedule"] == "polynomial":
+        decay = optax.polynomial_schedule(
+            peak, fields["final_learning_rate"], fields["schedule_power"], total_steps
+        )
+        start = fields["warmup_learning_rate"]
+
+        def scaled(step: Any) -> Any:
+            return start + (decay(step) - start) * jnp.minimum(1.0, step / warmup)
+
+        return scaled if warmup else decay
     return optax.warmup_cosine_decay_schedule(
         init_value=fields["warmup_learning_rate"] if warmup else peak,
         peak_value=peak,
