@@ -2,7 +2,8 @@
 
 import csv
 import io
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,36 @@ def write_per_class(path: Path, confusion: np.ndarray, class_names: Sequence[str
             ]
         )
     _replace(path, text.getvalue().encode())
+
+
+def write_corruptions(
+    path: Path,
+    errors: Mapping[str, Sequence[float]],
+    relative: Mapping[str, float],
+    severities: Sequence[int],
+) -> None:
+    """A CSV line for each corruption: top-1 error at each severity, their mean, and the corruption
+    error, which is relative to AlexNet's.
+
+    Args:
+        path: of the file.
+        errors: fractions, of each corruption one for each severity.
+        relative: the corruption error of each.
+        severities: the columns' names.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    columns = [f"error_{severity}" for severity in severities]
+    writer.writerow(["corruption", *columns, "error", "corruption_error"])
+    for kind, values in errors.items():
+        numbers = (*values, float(np.mean(values)), relative[kind])
+        writer.writerow([kind, *(f"{number:.4f}" for number in numbers)])
+    _replace(path, text.getvalue().encode())
+
+
+def write_metrics(path: Path, step: int, metrics: Mapping[str, float]) -> None:
+    """All measurements of an evaluation as a JSON object, with the step they are of."""
+    _replace(path, (json.dumps({"step": step, **metrics}, indent=2) + "\n").encode())
 
 
 def draw_confusion(path: Path, confusion: np.ndarray, class_names: Sequence[str]) -> None:

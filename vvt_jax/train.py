@@ -17,12 +17,13 @@ from ml_collections import ConfigDict
 from vvt_jax import charts, configuration, costs, forms, parallel
 from vvt_jax.checkpoint import Best, Checkpoints
 from vvt_jax.configuration import ConfigError
+from vvt_jax.data import imagenet_sets
 from vvt_jax.data.augment import check_augment
 from vvt_jax.data.loader import eval_batches, report_broken, train_batches
 from vvt_jax.data.preprocess import check_record
 from vvt_jax.data.sources import Source, open_source
 from vvt_jax.errors import UserError
-from vvt_jax.evaluate import evaluate, make_eval_step
+from vvt_jax.evaluate import evaluate, make_eval_step, make_set_step
 from vvt_jax.finetune import initial_variables
 from vvt_jax.interruption import Interrupted, Interruption
 from vvt_jax.models import VVT, create_model, unstack_blocks
@@ -334,6 +335,15 @@ class _Run:
             self._abstract_batch("image", "label", "mask"),
         )
 
+    @functools.cached_property
+    def _set_step(self) -> Callable[[Any, Mapping[str, jax.Array]], dict[str, jax.Array]]:
+        batch = self._abstract_batch("image", "label", "mask")
+        shape = (self._config.batch_size, self._model.num_classes)
+        batch["label"] = jax.ShapeDtypeStruct(shape, np.int8, sharding=batch["label"].sharding)
+        return parallel.compile_program(
+            "forward", make_set_step(self._model, self.preprocessing), self._eval_variables, batch
+        )
+
     def _abstract_batch(self, *names: str) -> dict[str, jax.ShapeDtypeStruct]:
         batch = self._config.batch_size
         kinds = {
@@ -417,23 +427,61 @@ class _Run:
         if part not in self._sources:
             return {}
         metrics: dict[str, float] = {}
-        for name in (prefix, f"{prefix}_ema") if state.ema is not None else (prefix,):
-            batches = eval_batches(
-                self._sources[part],
-                record=self.preprocessing,
-                batch_size=self._config.batch_size,
-                workers=self._config.data.workers,
-                threads=self._config.data.threads,
-            )
-            with contextlib.closing(batches):
-                measured, confusion = evaluate(
-                    self._eval_step,
-                    self._unstack(state.variables(ema=name.endswith("_ema"))),
-                    parallel.to_devices(batches, self.mesh),
-                )
+        for name, ema in _weights(state, prefix):
+            variables = self._unstack(state.variables(ema=ema))
+            measured, confusion = self._measure(self._eval_step, variables, self._sources[part])
             metrics |= {f"{name}/{key}": value for key, value in measured.items()}
             if confusion is not None and folder is not None:
                 self._write_confusion(folder, name, confusion)
+        return metrics
+
+    def _measure(
+        self, step: Callable, variables: Any, source: Source, **record: Any
+    ) -> tuple[dict[str, float], np.ndarray | None]:
+        """What the step sums up over the source; `record` overrides the preprocessing."""
+        batches = eval_batches(
+            source,
+            record={**self.preprocessing, **record},
+            batch_size=self._config.batch_size,
+            workers=self._config.data.workers,
+            threads=self._config.data.threads,
+        )
+        with contextlib.closing(batches):
+            return evaluate(step, variables, parallel.to_devices(batches, self.mesh))
+
+    def open_also(self, cache_dir: Path | None) -> list[imagenet_sets.EvaluationSet]:
+        """The sets that are measured as well in mode "eval"."""
+        data = self._config.data
+        return imagenet_sets.open_sets(
+            data.eval_also,
+            self._sources["train"].class_names,
+            self._model.num_classes,
+            data_dir=data.data_dir if data.source.startswith("tfds:") else None,
+            cache_dir=cache_dir,
+        )
+
+    def evaluate_also(
+        self, state: TrainState, sets: Sequence[imagenet_sets.EvaluationSet], folder: Path
+    ) -> dict[str, float]:
+        """Measurements on those sets; a table of the corruptions goes into the folder."""
+        metrics: dict[str, float] = {}
+        for suffix, ema in _weights(state, ""):
+            variables = self._unstack(state.variables(ema=ema)) if sets else None
+            measured = {}
+            for each in sets:
+                whole = {"crop_fraction": 1.0} if each.cropped else {}
+                measured[each.name], _ = self._measure(
+                    self._set_step, variables, each.source, **whole
+                )
+            measured, errors, relative = imagenet_sets.sum_up_corruptions(measured)
+            if errors:
+                path = folder / f"{imagenet_sets.CORRUPTED}{suffix}.csv"
+                charts.write_corruptions(path, errors, relative, imagenet_sets.SEVERITIES)
+            metrics |= {
+                f"{name}{suffix}/{key}": value
+                for name, values in measured.items()
+                for key, value in values.items()
+            }
         return metrics
 
     def _write_confusion(self, folder: Path, name: str, confusion: np.ndarray) -> None:
@@ -501,7 +549,13 @@ def _check_finite(totals: Totals) -> None:
         )
 
 
+def _weights(state: TrainState, prefix: str) -> list[tuple[str, bool]]:
+    """(Name, whether averaged) of each of the state's weights, which are measured apart."""
+    return [(prefix, False)] + ([(f"{prefix}_ema", True)] if state.ema is not None else [])
+
+
 def _evaluate_only(run: _Run, config: ConfigDict, workdir: Path) -> dict[str, float]:
+    also = run.open_also(workdir / "offsets" if workdir.exists() else None)
     if config.init_from:
         state, told = run.start_from(config.init_from, run.init_state(), keep_head=True)
         print(*told, sep="\n")
@@ -515,8 +569,13 @@ def _evaluate_only(run: _Run, config: ConfigDict, workdir: Path) -> dict[str, fl
     folder = workdir / "evaluation"
     metrics = run.evaluate(state, "validation", "eval", folder)
     metrics |= run.evaluate(state, "test", "test", folder)
-    for name in metrics:
+    metrics |= run.evaluate_also(state, also, folder)
+    step = int(state.step)
+    charts.write_metrics(folder / "metrics.json", step, metrics)
+    for name, value in metrics.items():
         if name.endswith("/top1"):
-            print(f"step {int(state.step)}: {describe(name.removesuffix('/top1'), metrics)}")
-    print(f"What each class is taken for is in {folder}.")
+            print(f"step {step}: {describe(name.removesuffix('/top1'), metrics)}")
+        if name.endswith("/mce"):
+            print(f"step {step}: {name.removesuffix('/mce')} mean corruption error {value:.2%}")
+    print(f"All measurements, and what each class is taken for, are in {folder}.")
     return metrics

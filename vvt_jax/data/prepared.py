@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vvt_jax.data import sources
 from vvt_jax.data.imagenet import readable_class_names
 from vvt_jax.data.sources import DataError
@@ -19,9 +21,10 @@ class _PreparedExamples:
     (they decode JPEG differently), and leaves a grey file in an RGB data set without channels.
     """
 
-    def __init__(self, records: Sequence[bytes], features: Any, told: str):
+    def __init__(self, records: Sequence[bytes], features: Any, label: str, told: str):
         self._records = records
         self._features = features
+        self._label = label
         self._told = told
 
     def __len__(self) -> int:
@@ -40,16 +43,27 @@ class _PreparedExamples:
         told = f"Image {index} of {self._told}"
         if "file_name" in example:
             told += f" ({bytes(example['file_name']).decode(errors='replace')})"
+        label = example[self._label]
         return {
             "image": sources.decode(io.BytesIO(example["image"]), told),
-            "label": int(example["label"]),
+            "label": int(label) if np.ndim(label) == 0 else np.asarray(label, np.int64),
         }
 
 
 def open_prepared(
-    name: str, split: str, data_dir: str | None, cache_dir: Path | None
+    name: str,
+    split: str,
+    data_dir: str | None,
+    cache_dir: Path | None,
+    *,
+    label: str = "label",
+    several: bool = False,
 ) -> sources.Source:
-    """A split of a data set that tfds prepared; see `sources.open_source`."""
+    """A split of a data set that tfds prepared; see `sources.open_source`.
+
+    `label` is the feature that holds the label. With `several` it holds any number of them, and so
+    do the examples: `label` is int64 `[labels]`.
+    """
     import tensorflow_datasets as tfds
 
     builder = _builder(name, data_dir)
@@ -63,8 +77,11 @@ def open_prepared(
             f"`python -m vvt_jax.prepare {name.removeprefix('tfds:')} --data_dir=...`."
         )
     features = info.features if isinstance(info.features, tfds.features.FeaturesDict) else {}
-    for key, wanted in (("image", tfds.features.Image), ("label", tfds.features.ClassLabel)):
-        if key not in features or not isinstance(features[key], wanted):
+    found = {key: features[key] for key in ("image", label) if key in features}
+    if several and isinstance(found.get(label), tfds.features.Sequence):
+        found[label] = found[label].feature
+    for key, wanted in (("image", tfds.features.Image), (label, tfds.features.ClassLabel)):
+        if not isinstance(found.get(key), wanted):
             raise DataError(
                 f"{name!r} has no feature {key!r} of type {wanted.__name__}, only "
                 f"{', '.join(features) or 'unnamed ones'}."
@@ -88,13 +105,13 @@ def open_prepared(
             [(str(p.filename), p.skip, p.take, p.examples_in_shard) for p in parts], cache_dir
         )
     used = tfds.features.FeaturesDict(
-        {key: features[key] for key in ("image", "label", "file_name") if key in features}
+        {key: features[key] for key in ("image", label, "file_name") if key in features}
     )
-    examples = _PreparedExamples(records, used, f"{name!r}, split {split!r}")
+    examples = _PreparedExamples(records, used, label, f"{name!r}, split {split!r}")
     # tfds gives the examples of an unlabelled test split the label -1.
-    if len(examples) and examples.encoded(0)["label"] < 0:
+    if len(examples) and np.any(np.asarray(examples.encoded(0)[label]) < 0):
         raise DataError(f"The examples of {name!r}, split {split!r}, have no labels.")
-    names = readable_class_names(features["label"].names)
+    names = readable_class_names(found[label].names)
     return sources.Source(examples, names, name, split)
 
 
