@@ -467,7 +467,7 @@ class _Run:
         metrics: dict[str, float] = {}
         for suffix, ema in _weights(state, ""):
             variables = self._unstack(state.variables(ema=ema)) if sets else None
-            measured = {}
+            measured: dict[str, Mapping[str, float]] = {}
             for each in sets:
                 whole = {"crop_fraction": 1.0} if each.cropped else {}
                 measured[each.name], _ = self._measure(
