@@ -66,11 +66,17 @@ def get_config(_: str = "") -> ConfigDict:
     config.model.unroll = placeholder(bool)
 
     config.data = ConfigDict()
-    config.data.source = "digits"  # "digits", "tfds:NAME", "folder", "folder_segmentation"
+    config.data.source = (
+        "digits"  # "digits", "tfds:NAME", "huggingface:NAME", "folder", "folder_segmentation"
+    )
     config.data.data_dir = placeholder(str)  # None: the library's own place
     config.data.train_split = "train"
     config.data.validation_split = "validation"  # "": no evaluation during training
     config.data.test_split = "test"  # evaluated once, after the last step; "": none
+    # Measured in mode "eval" as well, tfds data sets of ImageNet's classes: "imagenet_v2",
+    # "imagenet2012_real", "imagenet_a", "imagenet_r", "imagenet2012_corrupted" (15 corruptions by 5
+    # severities). They lie in data_dir if source is tfds's, and else in tfds's own place.
+    config.data.eval_also = ()
     config.data.size = (224, 224)  # height, width of the model's input, pixels
     config.data.crop_fraction = 0.875  # evaluation: side of the centre crop, of the resized image
     config.data.interpolation = "bicubic"

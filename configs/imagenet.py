@@ -9,6 +9,12 @@ pixels from a run at 224:
     python -m vvt_jax.main --config=configs/imagenet.py:vvt_tiny,384 --workdir=runs/tiny_384 \
         --config.init_from=runs/imagenet_tiny
 
+Measured, also on ImageNet's other validation sets, as far as tfds has prepared them:
+
+    python -m vvt_jax.main --config=configs/imagenet.py:vvt_tiny --workdir=runs/imagenet_tiny \
+        --config.mode=eval --config.data.eval_also="('imagenet_v2', 'imagenet2012_real', \
+        'imagenet_a', 'imagenet_r', 'imagenet2012_corrupted')"
+
 Cost: 300 epochs of 1.28 million images; 18 GFLOP an image for vvt_tiny, 65 for vvt_large. The
 published top-1 is 79.2, 82.6, 83.8 and 84.1 % at 224 pixels and 80.3, 83.4, 84.5 and 84.7 % at 384.
 Not run here. The recipe at 384 was never published: it is DeiT's (arXiv 2012.12877).

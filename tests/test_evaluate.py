@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from vvt_jax.data.loader import eval_batches
 from vvt_jax.data.sources import open_source
-from vvt_jax.evaluate import evaluate, make_eval_step
+from vvt_jax.evaluate import evaluate, make_eval_step, make_set_step
 
 _RECORD = {"mean": [0.0, 0.0, 0.0], "std": [1 / 255, 1 / 255, 1 / 255]}  # leaves 0..255 alone
 _PADDING = 255  # the pixel that stands for it
@@ -34,16 +34,18 @@ def _eval_step(classes):
     return jax.jit(make_eval_step(Table(classes), _RECORD))
 
 
-def _batches(labels, batch_size):
+def _batches(labels, batch_size, dtype=jnp.int32):
+    """`labels`: `[examples]`, or `[examples, classes]` of what is right."""
     for start in range(0, len(labels), batch_size):
         pixels = np.full(batch_size, _PADDING, np.uint8)
         part = labels[start : start + batch_size]
+        missing = [(0, batch_size - len(part))] + [(0, 0)] * (labels.ndim - 1)
         pixels[: len(part)] = np.arange(start, start + len(part))
         yield {
             "image": jnp.asarray(
                 np.broadcast_to(pixels[:, None, None, None], (batch_size, 1, 1, 3))
             ),
-            "label": jnp.asarray(np.pad(part, (0, batch_size - len(part))), jnp.int32),
+            "label": jnp.asarray(np.pad(part, missing), dtype),
             "mask": jnp.arange(batch_size) < len(part),
         }
 
@@ -126,3 +128,43 @@ def test_confusion_counts_each_example_once(batch_size):
 def test_without_confusion_there_is_none():
     variables = {"params": {"table": jnp.zeros((256, 3))}}
     assert evaluate(_eval_step(3), variables, _batches(np.arange(3), 4))[1] is None
+
+
+@functools.cache
+def _set_step(classes):
+    return jax.jit(make_set_step(Table(classes), _RECORD))
+
+
+@settings(deadline=None, max_examples=15, derandomize=True)
+@given(
+    count=st.integers(1, 40),
+    batch_size=st.sampled_from([1, 10, 64]),
+    classes=st.sampled_from([3, 12]),
+    seed=st.integers(0, 99),
+)
+def test_sets_with_several_right_classes_or_fewer_to_choose_from(count, batch_size, classes, seed):
+    rng = np.random.default_rng(seed)
+    table = rng.normal(size=(256, classes))
+    table[_PADDING] = np.nan
+    allowed = rng.uniform(size=classes) < 0.7
+    right = (rng.uniform(size=(count, classes)) < 0.2) & allowed
+    labels = np.where(allowed, right.astype(int), -1)
+    variables = {"params": {"table": jnp.asarray(table, jnp.float32)}}
+    got, confusion = evaluate(
+        _set_step(classes), variables, _batches(labels, batch_size, dtype=jnp.int8)
+    )
+    assert confusion is None
+    counted = np.flatnonzero(right.any(1))
+    assert got["examples"] == len(counted)
+    if not len(counted):
+        assert np.isnan([got["loss"], got["top1"], got["top5"]]).all()
+        return
+    losses, top1, top5 = [], [], []
+    for i in counted:
+        best = sorted(np.flatnonzero(allowed), key=lambda c: -table[i, c])
+        p = np.exp(table[i]) / np.exp(table[i][allowed]).sum()
+        losses.append(-np.log(p[right[i]].sum()))
+        top1.append(right[i, best[0]])
+        top5.append(right[i, best[:5]].any())
+    np.testing.assert_allclose(got["loss"], np.mean(losses), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose([got["top1"], got["top5"]], [np.mean(top1), np.mean(top5)])

@@ -2,7 +2,8 @@
 
 import csv
 import io
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -74,6 +75,36 @@ def write_per_class_iou(path: AnyPath, confusion: np.ndarray, class_names: Seque
             ]
         )
     storage.replace(path, text.getvalue().encode())
+
+
+def write_corruptions(
+    path: AnyPath,
+    errors: Mapping[str, Sequence[float]],
+    relative: Mapping[str, float],
+    severities: Sequence[int],
+) -> None:
+    """A CSV line for each corruption: top-1 error at each severity, their mean, and the corruption
+    error, which is relative to AlexNet's.
+
+    Args:
+        path: of the file.
+        errors: fractions, of each corruption one for each severity.
+        relative: the corruption error of each.
+        severities: the columns' names.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    columns = [f"error_{severity}" for severity in severities]
+    writer.writerow(["corruption", *columns, "error", "corruption_error"])
+    for kind, values in errors.items():
+        numbers = (*values, float(np.mean(values)), relative[kind])
+        writer.writerow([kind, *(f"{number:.4f}" for number in numbers)])
+    storage.replace(path, text.getvalue().encode())
+
+
+def write_metrics(path: AnyPath, step: int, metrics: Mapping[str, float]) -> None:
+    """All measurements of an evaluation as a JSON object, with the step they are of."""
+    storage.replace(path, (json.dumps({"step": step, **metrics}, indent=2) + "\n").encode())
 
 
 def draw_confusion(path: AnyPath, confusion: np.ndarray, class_names: Sequence[str]) -> None:

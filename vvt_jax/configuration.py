@@ -21,6 +21,7 @@ _FREE = (
     "data.workers",
     "data.threads",
     "data.broken_limit",
+    "data.eval_also",
     "log_every_steps",
     "log_every_examples",
     "log_every_epochs",
@@ -54,6 +55,9 @@ def check_values(config: ConfigDict) -> None:
 
     if config.mode not in ("train", "eval"):
         refuse("mode", "it is 'train' or 'eval'")
+    also = config.data.eval_also
+    if not isinstance(also, tuple | list) or not all(isinstance(name, str) for name in also):
+        refuse("data.eval_also", "it is a tuple of names, such as \"('imagenet_a',)\"")
     if not any(config[f"total_{unit}"] is not None for unit in _UNITS):
         raise ConfigError(
             "None of config.total_steps, total_examples and total_epochs is set: one has to."

@@ -1,5 +1,6 @@
 """Evaluation that counts every example exactly once, whatever the batch size."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -46,13 +47,43 @@ def make_eval_step(
     return eval_step
 
 
+def make_set_step(
+    model: nn.Module, preprocessing: Mapping[str, Any]
+) -> Callable[[Any, Mapping[str, jax.Array]], Sums]:
+    """As `make_eval_step`, where several classes may be right and some can't be chosen.
+
+    Of a batch `label` is int8 `[batch, num_classes]`: 1 where the class is right, 0 where it is
+    wrong, -1 where the model may not choose it. A hit is any right class; the loss is that of the
+    right classes' probability together, among those that can be chosen. An example without a right
+    class counts nowhere.
+    """
+
+    def set_step(variables: Any, batch: Mapping[str, jax.Array]) -> Sums:
+        logits: Any = model.apply(variables, normalize(batch["image"], preprocessing))
+        right = batch["label"] > 0
+        logits = jnp.where(batch["label"] < 0, -jnp.inf, logits)
+        counted = batch["mask"] & right.any(-1)
+        _, ranked = jax.lax.top_k(logits, min(5, logits.shape[-1]))
+        hits = jnp.take_along_axis(right, ranked, axis=-1) & counted[:, None]
+        of_right = jax.nn.logsumexp(jnp.where(right, logits, -jnp.inf), axis=-1)
+        losses = jnp.where(counted, jax.nn.logsumexp(logits, axis=-1) - of_right, 0)
+        return {
+            "loss": losses.sum(),
+            "top1": hits[:, 0].sum(dtype=jnp.int32),
+            "top5": hits.any(-1).sum(dtype=jnp.int32),
+            "examples": counted.sum(dtype=jnp.int32),
+        }
+
+    return set_step
+
+
 def evaluate(
     eval_step: Callable[[Any, Mapping[str, jax.Array]], Sums],
     variables: Any,
     batches: Iterable[Mapping[str, jax.Array]],
 ) -> tuple[dict[str, float], np.ndarray | None]:
     """Mean `loss` (nats), `top1` and `top5` (fractions) and the number of `examples`; and the
-    confusion matrix, where the step counts one."""
+    confusion matrix, where the step counts one. The means over no examples are not a number."""
     total: Sums | None = None
     for batch in batches:
         sums = eval_step(variables, batch)
@@ -61,5 +92,8 @@ def evaluate(
         raise ValueError("There is nothing to evaluate: no batch came.")
     host = jax.device_get(total)
     examples = int(host["examples"])
-    means = {name: float(host[name]) / examples for name in ("loss", "top1", "top5")}
+    means = {
+        name: float(host[name]) / examples if examples else math.nan
+        for name in ("loss", "top1", "top5")
+    }
     return {**means, "examples": examples}, host.get("confusion")

@@ -23,7 +23,7 @@ from vvt_jax.data import augment, overlay, segmentation
 from vvt_jax.data.loader import eval_batches
 from vvt_jax.data.preprocess import check_record, normalize
 from vvt_jax.data.sources import Source
-from vvt_jax.evaluate import evaluate, make_eval_step
+from vvt_jax.evaluate import evaluate, make_eval_step, make_set_step
 from vvt_jax.models import VVT
 from vvt_jax.recipe import mixing
 from vvt_jax.recipe.losses import mean_cross_entropy, pixel_cross_entropy
@@ -76,6 +76,10 @@ class Task(Protocol):
     def evaluator(self, mesh: Mesh, variables: Any) -> Callable[[Any, Source], Measured]:
         """Measures variables on a source; given are their shapes with shardings."""
 
+    def set_evaluator(self, mesh: Mesh, variables: Any) -> Callable[..., Measured]:
+        """The same for the sources of `imagenet_sets`; fields of the preprocessing record may be
+        given by name."""
+
     def write_tables(self, folder: AnyPath, name: str, confusion: np.ndarray) -> None:
         """Writes what each class is taken for."""
 
@@ -111,20 +115,27 @@ class Classification:
     def loss(self, outputs: Any, targets: jax.Array) -> jax.Array:
         return mean_cross_entropy(outputs, targets)
 
-    def evaluator(self, mesh: Mesh, variables: Any) -> Callable[[Any, Source], Measured]:
+    def evaluator(self, mesh: Mesh, variables: Any) -> Callable[..., Measured]:
+        step = make_eval_step(self.model, self._record, confusion=self._config.mode == "eval")
+        return self._measuring(step, self.train_arrays()["label"], mesh, variables)
+
+    def set_evaluator(self, mesh: Mesh, variables: Any) -> Callable[..., Measured]:
+        verdicts = ((self._config.batch_size, self.model.num_classes), np.int8)
+        return self._measuring(make_set_step(self.model, self._record), verdicts, mesh, variables)
+
+    def _measuring(
+        self, eval_step: Callable, label: tuple, mesh: Mesh, variables: Any
+    ) -> Callable[..., Measured]:
         batch, data = self._config.batch_size, self._config.data
-        arrays = {**self.train_arrays(), "mask": ((batch,), np.bool_)}
+        arrays = {**self.train_arrays(), "label": label, "mask": ((batch,), np.bool_)}
         step = parallel.compile_program(
-            "forward",
-            make_eval_step(self.model, self._record, confusion=self._config.mode == "eval"),
-            variables,
-            parallel.abstract_batch(mesh, arrays),
+            "forward", eval_step, variables, parallel.abstract_batch(mesh, arrays)
         )
 
-        def measure(variables: Any, source: Source) -> Measured:
+        def measure(variables: Any, source: Source, **record: Any) -> Measured:
             batches = eval_batches(
                 source,
-                record=self._record,
+                record={**self._record, **record},
                 batch_size=batch,
                 workers=data.workers,
                 threads=data.threads,
@@ -242,6 +253,9 @@ class Segmentation:
             return Measured({**metrics, "examples": images}, confusion, picture)
 
         return measure
+
+    def set_evaluator(self, mesh: Mesh, variables: Any) -> Callable[..., Measured]:
+        raise ConfigError("config.data.eval_also is for classification: set it to ().")
 
     def _compare(self, batch: Mapping[str, np.ndarray]) -> PIL.Image.Image:
         images, truths, predictions = [], [], []

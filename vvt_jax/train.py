@@ -16,9 +16,10 @@ import numpy as np
 import PIL.Image
 from ml_collections import ConfigDict
 
-from vvt_jax import configuration, costs, forms, parallel, storage
+from vvt_jax import charts, configuration, costs, forms, parallel, storage
 from vvt_jax.checkpoint import Best, Checkpoints, check_folder
 from vvt_jax.configuration import ConfigError
+from vvt_jax.data import imagenet_sets
 from vvt_jax.data.loader import report_broken, train_batches
 from vvt_jax.data.sources import Source, open_source
 from vvt_jax.errors import UserError
@@ -320,6 +321,10 @@ class _Run:
     def _measure(self) -> Callable[[Any, Source], Measured]:
         return self._task.evaluator(self.mesh, self._eval_variables)
 
+    @functools.cached_property
+    def _measure_set(self) -> Callable[..., Measured]:
+        return self._task.set_evaluator(self.mesh, self._eval_variables)
+
     def train_batches(
         self, start_step: int, say: Callable[[str], None]
     ) -> Generator[dict[str, np.ndarray], None, None]:
@@ -397,8 +402,8 @@ class _Run:
         if part not in self._sources:
             return {}
         metrics: dict[str, float] = {}
-        for name in (prefix, f"{prefix}_ema") if state.ema is not None else (prefix,):
-            variables = self._unstack(state.variables(ema=name.endswith("_ema")))
+        for name, ema in _weights(state, prefix):
+            variables = self._unstack(state.variables(ema=ema))
             measured = self._measure(variables, self._sources[part])
             metrics |= {f"{name}/{key}": value for key, value in measured.metrics.items()}
             if measured.confusion is not None and folder is not None:
@@ -411,6 +416,39 @@ class _Run:
         """What says whether weights are better than others, None where it was not measured."""
         name = self._task.score
         return metrics.get(f"eval_ema/{name}", metrics.get(f"eval/{name}"))
+
+    def open_also(self, cache_dir: AnyPath | None) -> list[imagenet_sets.EvaluationSet]:
+        """The sets that are measured as well in mode "eval"."""
+        data = self._config.data
+        return imagenet_sets.open_sets(
+            data.eval_also,
+            self._sources["train"].class_names,
+            self._model.num_classes,
+            data_dir=data.data_dir if data.source.startswith("tfds:") else None,
+            cache_dir=cache_dir,
+        )
+
+    def evaluate_also(
+        self, state: TrainState, sets: Sequence[imagenet_sets.EvaluationSet], folder: AnyPath
+    ) -> dict[str, float]:
+        """Measurements on those sets; a table of the corruptions goes into the folder."""
+        metrics: dict[str, float] = {}
+        for suffix, ema in _weights(state, "") if sets else ():
+            variables = self._unstack(state.variables(ema=ema))
+            measured: dict[str, Mapping[str, float]] = {}
+            for each in sets:
+                whole = {"crop_fraction": 1.0} if each.cropped else {}
+                measured[each.name] = self._measure_set(variables, each.source, **whole).metrics
+            measured, errors, relative = imagenet_sets.sum_up_corruptions(measured)
+            if errors:
+                path = folder / f"{imagenet_sets.CORRUPTED}{suffix}.csv"
+                charts.write_corruptions(path, errors, relative, imagenet_sets.SEVERITIES)
+            metrics |= {
+                f"{name}{suffix}/{key}": value
+                for name, values in measured.items()
+                for key, value in values.items()
+            }
+        return metrics
 
     def save_model(self, folder: AnyPath, state: TrainState) -> None:
         """Writes the model folder, with the averaged weights where there are some."""
@@ -443,7 +481,13 @@ def _check_finite(totals: Totals) -> None:
         )
 
 
+def _weights(state: TrainState, prefix: str) -> list[tuple[str, bool]]:
+    """(Name, whether averaged) of each of the state's weights, which are measured apart."""
+    return [(prefix, False)] + ([(f"{prefix}_ema", True)] if state.ema is not None else [])
+
+
 def _evaluate_only(run: _Run, config: ConfigDict, workdir: AnyPath) -> dict[str, float]:
+    also = run.open_also(workdir / "offsets" if workdir.exists() else None)
     if config.init_from:
         state, told = run.start_from(config.init_from, run.init_state(), keep_head=True)
         print(*told, sep="\n")
@@ -457,8 +501,13 @@ def _evaluate_only(run: _Run, config: ConfigDict, workdir: AnyPath) -> dict[str,
     folder = workdir / "evaluation"
     metrics = run.evaluate(state, "validation", "eval", folder)
     metrics |= run.evaluate(state, "test", "test", folder)
-    for name in metrics:
+    metrics |= run.evaluate_also(state, also, folder)
+    step = int(state.step)
+    charts.write_metrics(folder / "metrics.json", step, metrics)
+    for name, value in metrics.items():
         if name.endswith("/loss"):
-            print(f"step {int(state.step)}: {describe(name.removesuffix('/loss'), metrics)}")
-    print(f"What each class is taken for is in {folder}.")
+            print(f"step {step}: {describe(name.removesuffix('/loss'), metrics)}")
+        if name.endswith("/mce"):
+            print(f"step {step}: {name.removesuffix('/mce')} mean corruption error {value:.2%}")
+    print(f"All measurements, and what each class is taken for, are in {folder}.")
     return metrics

@@ -129,7 +129,8 @@ def eval_batches(
 
     Returns:
         A generator of `{"image": uint8 [batch, height, width, 3], "label": int32 [batch],
-        "mask": bool [batch]}`; `mask` is False where the batch is filled up (label 0).
+        "mask": bool [batch]}`; `mask` is False where the batch is filled up (label 0). Labels that
+        are arrays keep their dtype, `[batch, ...]`.
 
     Raises:
         DataError: the source is empty.
@@ -231,8 +232,8 @@ def _why_broken(source: Source, index: int) -> str:
 
 
 def _eval_example(example: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
-    image = preprocess.eval_image(example["image"], record)
-    return {"image": image, "label": np.int32(example["label"])}
+    image, label = preprocess.eval_image(example["image"], record), example["label"]
+    return {"image": image, "label": label if np.ndim(label) else np.int32(label)}
 
 
 def _pad(batch: Mapping[str, np.ndarray], batch_size: int) -> dict[str, np.ndarray]:

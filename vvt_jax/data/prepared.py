@@ -5,6 +5,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from vvt_jax import storage
 from vvt_jax.data import sources
 from vvt_jax.data.folder_segmentation import decode_mask
@@ -21,9 +23,10 @@ class _PreparedExamples:
     (they decode JPEG differently), and leaves a grey file in an RGB data set without channels.
     """
 
-    def __init__(self, records: Sequence[bytes], features: Any, told: str):
+    def __init__(self, records: Sequence[bytes], features: Any, label: str, told: str):
         self._records = records
         self._features = features
+        self._label = label
         self._told = told
         self._decoders = [key for key in ("image", "segmentation") if key in features]
 
@@ -44,18 +47,30 @@ class _PreparedExamples:
         told = f"Image {index} of {self._told}"
         if "file_name" in example:
             told += f" ({bytes(example['file_name']).decode(errors='replace')})"
-        image = sources.decode(io.BytesIO(example["image"]), told)
-        if "segmentation" not in example:
-            return {"image": image, "label": int(example["label"])}
-        classes = self._features["segmentation"].num_classes
-        mask = decode_mask(io.BytesIO(example["segmentation"]), f"The mask of {told}", classes)
-        return {"image": image, "label": mask}
+        if "segmentation" in self._features:
+            classes = self._features["segmentation"].num_classes
+            file = io.BytesIO(example["segmentation"])
+            label: Any = decode_mask(file, f"The mask of {told}", classes)
+        else:
+            label = example[self._label]
+            label = np.asarray(label, np.int64) if np.ndim(label) else int(label)
+        return {"image": sources.decode(io.BytesIO(example["image"]), told), "label": label}
 
 
 def open_prepared(
-    name: str, split: str, data_dir: str | None, cache_dir: AnyPath | None
+    name: str,
+    split: str,
+    data_dir: str | None,
+    cache_dir: AnyPath | None,
+    *,
+    label: str = "label",
+    several: bool = False,
 ) -> sources.Source:
-    """A split of a data set that tfds prepared; see `sources.open_source`."""
+    """A split of a data set that tfds prepared; see `sources.open_source`.
+
+    `label` is the feature that holds the label. With `several` it holds any number of them, and so
+    do the examples: `label` is int64 `[labels]`.
+    """
     import tensorflow_datasets as tfds
 
     builder = _builder(name, data_dir)
@@ -70,13 +85,14 @@ def open_prepared(
         )
     features = info.features if isinstance(info.features, tfds.features.FeaturesDict) else {}
     pixels = "segmentation" in features
-    label = (
-        ("segmentation", tfds.features.LabeledImage)
-        if pixels
-        else ("label", tfds.features.ClassLabel)
-    )
-    for key, wanted in (("image", tfds.features.Image), label):
-        if key not in features or not isinstance(features[key], wanted):
+    if pixels:
+        label = "segmentation"
+    kind = tfds.features.LabeledImage if pixels else tfds.features.ClassLabel
+    found = {key: features[key] for key in ("image", label) if key in features}
+    if several and isinstance(found.get(label), tfds.features.Sequence):
+        found[label] = found[label].feature
+    for key, wanted in (("image", tfds.features.Image), (label, kind)):
+        if not isinstance(found.get(key), wanted):
             raise DataError(
                 f"{name!r} has no feature {key!r} of type {wanted.__name__}, only "
                 f"{', '.join(features) or 'unnamed ones'}."
@@ -105,13 +121,13 @@ def open_prepared(
             [(str(p.filename), p.skip, p.take, p.examples_in_shard) for p in parts], cache_dir
         )
     used = tfds.features.FeaturesDict(
-        {key: features[key] for key in ("image", label[0], "file_name") if key in features}
+        {key: features[key] for key in ("image", label, "file_name") if key in features}
     )
-    examples = _PreparedExamples(records, used, f"{name!r}, split {split!r}")
+    examples = _PreparedExamples(records, used, label, f"{name!r}, split {split!r}")
     # tfds gives the examples of an unlabelled test split the label -1.
-    if not pixels and len(examples) and examples.encoded(0)["label"] < 0:
+    if not pixels and len(examples) and np.any(np.asarray(examples.encoded(0)[label]) < 0):
         raise DataError(f"The examples of {name!r}, split {split!r}, have no labels.")
-    names = readable_class_names(features[label[0]].names)
+    names = readable_class_names(found[label].names)
     return sources.Source(examples, names, name, split, pixels=pixels)
 
 

@@ -81,12 +81,15 @@ def open_source(
             `"tfds:NAME[/CONFIG][:VERSION]"`: a TensorFlow Datasets data set prepared as
             array_record or TFRecord, read without TensorFlow and without the builder's code;
             `"folder"`: JPEG, PNG and WebP files in a sub-folder for each class;
-            `"folder_segmentation"`: images and masks of the same name, see the module's text.
-        split: the split's name. For tfds and folders also parts of it as tfds writes them
+            `"folder_segmentation"`: images and masks of the same name, see the module's text;
+            `"huggingface:NAME[/CONFIG]"`: a data set of the package `datasets`, with one feature of
+            type Image and one of type ClassLabel, whatever their names.
+        split: the split's name. For all but the digits also parts of it as tfds writes them
             (`"train[:90%]"`). A folder has `train`, of its sub-folders; or, where it has the
             sub-folder `train`, that one and `val` or `validation`, and `test`.
         data_dir: of tfds, where prepared data lies; None: `$TFDS_DATA_DIR`, or
             `~/tensorflow_datasets`. Of `"folder"`, the folder. Either may be in an object store.
+            Of Hugging Face, where `save_to_disk` wrote `NAME[/CONFIG]`; None: the package's cache.
         cache_dir: keeps where the records of TFRecord files begin; None: found anew each time.
 
     Raises:
@@ -100,6 +103,10 @@ def open_source(
         return open_prepared(
             name, split, data_dir, None if cache_dir is None else storage.locate(cache_dir)
         )
+    if kind == "huggingface":
+        from vvt_jax.data.hugging_face import open_hugging_face
+
+        return open_hugging_face(name, split, data_dir)
     if name == "folder":
         from vvt_jax.data.folder import open_folder
 
@@ -111,8 +118,8 @@ def open_source(
     if name == "digits":
         return _open_digits(name, split)
     raise DataError(
-        f"Unknown data source {name!r}: it must be 'digits', 'tfds:NAME', 'folder' or "
-        "'folder_segmentation'."
+        f"Unknown data source {name!r}: it must be 'digits', 'tfds:NAME', 'folder', "
+        "'folder_segmentation' or 'huggingface:NAME'."
     )
 
 
