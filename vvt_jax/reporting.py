@@ -68,7 +68,8 @@ class Reporter:
 
     def last_line(self) -> dict[str, float]:
         """The measurements of the last step that was written, empty at the start of a run."""
-        lines = self._path.read_text(encoding="utf-8").splitlines()
+        found = self._path.exists()  # not yet, where another process writes it
+        lines = self._path.read_text(encoding="utf-8").splitlines() if found else []
         metrics = json.loads(lines[-1]) if lines else {}
         return {name: value for name, value in metrics.items() if name != "step"}
 
@@ -89,6 +90,26 @@ class Reporter:
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
         temporary.replace(self._path)
+
+
+class SilentReporter(Reporter):
+    """The reporter of a process whose group has another one for it: writes and shows nothing."""
+
+    def __init__(self, workdir: Path, *, start_step: int, total_steps: int):
+        del start_step, total_steps
+        self._path = workdir / "metrics.jsonl"
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def advance(self) -> None:
+        """Nothing."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def say(self, text: str) -> None:
+        """Nothing."""
 
 
 def describe(part: str, metrics: Mapping[str, float]) -> str:

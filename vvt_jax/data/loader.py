@@ -34,6 +34,7 @@ from vvt_jax.data.sources import BrokenImageError, DataError, Examples, Source
 
 Batch = dict[str, np.ndarray]
 _SUBSTITUTES = 20  # broken images in a row after which it is no accident
+_REPORTED = 16  # broken images that a process names at a time
 
 
 def train_batches(
@@ -45,6 +46,7 @@ def train_batches(
     seed: int,
     start_step: int = 0,
     repeats: int = 1,
+    rows: np.ndarray | None = None,
     workers: int = 0,
     threads: int = 4,
 ) -> Generator[Batch, None, None]:
@@ -53,7 +55,7 @@ def train_batches(
     Batch `i`, counted from 0, depends on the source, the settings, `seed` and `i` only.
 
     An image that can't be decoded is replaced by another one, which follows from `seed` and its
-    place in the stream, and flagged in its batch; `report_broken` takes the flags out and counts.
+    place in the stream, and flagged in its batch; `BrokenImages` takes the flags out and counts.
 
     Args:
         source: the examples.
@@ -65,6 +67,8 @@ def train_batches(
         repeats: how often an image comes in turn, each time augmented anew (repeated augmentation,
             Hoffer et al., arXiv 1901.09335); an epoch has as many examples as before, of a part
             of the images.
+        rows: the examples of each batch that are wanted, by their place in it, where several
+            processes share a batch: only these are read. By default all.
         workers: worker processes; 0 works in this process.
         threads: threads that prepare batches, in each worker; 0 works when a batch is asked for.
 
@@ -97,10 +101,8 @@ def train_batches(
             ),
             seed=int(augment_seed),
         )
-        # An endless stream has no remainder, but grain would divide its length as floats, rounding
-        # up beyond the largest length.
-        .batch(batch_size, drop_remainder=True)
     )
+    dataset = _batched(dataset, batch_size, rows)
     return _batches(dataset[start_step:], workers, threads)
 
 
@@ -109,6 +111,7 @@ def eval_batches(
     *,
     record: Mapping[str, Any],
     batch_size: int,
+    rows: np.ndarray | None = None,
     workers: int = 0,
     threads: int = 4,
 ) -> Generator[Batch, None, None]:
@@ -118,6 +121,7 @@ def eval_batches(
         source: the examples.
         record: the preprocessing record.
         batch_size: examples in a batch.
+        rows: as for `train_batches`; there are as many batches for any of them.
         workers: worker processes; 0 works in this process.
         threads: threads that prepare batches, in each worker; 0 works when a batch is asked for.
 
@@ -130,13 +134,11 @@ def eval_batches(
         ValueError: a setting is out of range.
     """
     _check(source, record, batch_size, workers, threads)
-    dataset = (
-        grain.MapDataset.source(source.examples)
-        .map(functools.partial(_eval_example, record=dict(record)))
-        .batch(batch_size)
-        .map(functools.partial(_pad, batch_size=batch_size))
+    batches = -(-len(source.examples) // batch_size)
+    dataset = grain.MapDataset.range(batches * batch_size).map(
+        functools.partial(_eval_example, examples=source.examples, record=dict(record))
     )
-    return _batches(dataset, workers, threads)
+    return _batches(_batched(dataset, batch_size, rows), workers, threads)
 
 
 def _check(
@@ -150,6 +152,33 @@ def _check(
     if workers < 0 or threads < 0:
         raise ValueError(f"`workers` and `threads` must be 0 or more, not {workers}, {threads}.")
     preprocess.check_record(record)
+
+
+def _batched(
+    examples: grain.MapDataset, batch_size: int, rows: np.ndarray | None
+) -> grain.MapDataset:
+    if rows is not None and len(rows) < batch_size:
+        # grain's own ways (slices, ElasticIterator) deal examples out in turn: in another order
+        # than one process has them, which would change what is mixed with what.
+        examples, batch_size = _Rows(examples, batch_size, rows), len(rows)
+    # No stream here has a remainder, but grain would divide an endless one's length as floats,
+    # rounding up beyond the largest length.
+    return examples.batch(batch_size, drop_remainder=True)
+
+
+class _Rows(grain.MapDataset):
+    """Of each batch only some examples, by their place in it."""
+
+    def __init__(self, parent: grain.MapDataset, batch_size: int, rows: np.ndarray):
+        super().__init__(parent)
+        self._batch_size, self._rows = batch_size, rows.tolist()
+
+    def __len__(self) -> int:
+        return len(self._parent) // self._batch_size * len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        batch, place = divmod(index, len(self._rows))
+        return self._parent[batch * self._batch_size + self._rows[place]]
 
 
 class _RepeatEach(grain.MapDataset):
@@ -188,34 +217,57 @@ def _train_example(
     raise DataError(f"{_SUBSTITUTES} images in a row can't be decoded: is this data set damaged?")
 
 
-def report_broken(
-    batches: Generator[Batch, None, None], source: Source, limit: int, say: Callable[[str], None]
-) -> Generator[Batch, None, None]:
-    """Batches without their flags; each broken example is named once and counted.
+class BrokenImages:
+    """Names each broken example of a stream once, and counts them.
+
+    Where several processes share the batches, each finds those of its own rows: what `take` gave in
+    any of them is told to all, so that they count alike and give up together.
 
     Args:
-        batches: from `train_batches`.
-        source: the examples that they were made of.
+        source: the examples that the batches are made of.
         limit: more broken examples than this end the run.
         say: takes one sentence an example.
-
-    Raises:
-        DataError: the limit is passed.
     """
-    found: set[int] = set()
-    with contextlib.closing(batches):
-        for batch in batches:
-            flags = batch.pop("broken")
-            for index in sorted(set(flags[flags >= 0].tolist()) - found):
-                found.add(index)
-                told = _why_broken(source, index)
-                if len(found) > limit:
-                    raise DataError(
-                        f"{len(found)} broken images are more than config.data.broken_limit="
-                        f"{limit} allows. The last one: {told}"
-                    )
-                say(f"Replaced a broken image, the run's {len(found)}. {told}")
-            yield batch
+
+    def __init__(self, source: Source, limit: int, say: Callable[[str], None]):
+        self._source, self._limit, self._say = source, limit, say
+        self._seen: set[int] = set()
+        self._untold: list[int] = []
+        self._told: set[int] = set()
+
+    def watch(
+        self, batches: Generator[Batch, None, None]
+    ) -> Generator[dict[str, np.ndarray], None, None]:
+        """The batches of `train_batches`, without their flags."""
+        with contextlib.closing(batches):
+            for batch in batches:
+                flags = batch.pop("broken")
+                new = sorted(set(flags[flags >= 0].tolist()) - self._seen)
+                self._seen.update(new)
+                self._untold += new
+                yield batch
+
+    def take(self) -> np.ndarray:
+        """Numbers of examples found here and not taken yet, the first ones: int32
+        `[_REPORTED]`, filled up with -1."""
+        taken, self._untold = self._untold[:_REPORTED], self._untold[_REPORTED:]
+        return np.array(taken + [-1] * (_REPORTED - len(taken)), np.int32)
+
+    def tell(self, taken: np.ndarray) -> None:
+        """Names and counts what was taken, in this process or several.
+
+        Raises:
+            DataError: the limit is passed.
+        """
+        for index in sorted(set(taken[taken >= 0].tolist()) - self._told):
+            self._told.add(index)
+            why = _why_broken(self._source, index)
+            if len(self._told) > self._limit:
+                raise DataError(
+                    f"{len(self._told)} broken images are more than config.data.broken_limit="
+                    f"{self._limit} allows. The last one: {why}"
+                )
+            self._say(f"Replaced a broken image, the run's {len(self._told)}. {why}")
 
 
 def _why_broken(source: Source, index: int) -> str:
@@ -226,20 +278,13 @@ def _why_broken(source: Source, index: int) -> str:
     return f"example {index} of {source.name!r}, which can be read now."
 
 
-def _eval_example(example: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+def _eval_example(index: int, examples: Examples, record: Mapping[str, Any]) -> dict[str, Any]:
+    if index >= len(examples):  # fills up the last batch
+        image = np.zeros((*record["size"], 3), np.uint8)
+        return {"image": image, "label": np.int32(0), "mask": np.False_}
+    example = examples[index]
     image = preprocess.eval_image(example["image"], record)
-    return {"image": image, "label": np.int32(example["label"])}
-
-
-def _pad(batch: Mapping[str, np.ndarray], batch_size: int) -> dict[str, np.ndarray]:
-    count = len(batch["label"])
-
-    def fill(array: np.ndarray) -> np.ndarray:
-        return np.pad(array, [(0, batch_size - count)] + [(0, 0)] * (array.ndim - 1))
-
-    return {key: fill(array) for key, array in batch.items()} | {
-        "mask": np.arange(batch_size) < count
-    }
+    return {"image": image, "label": np.int32(example["label"]), "mask": np.True_}
 
 
 def _batches(dataset: grain.MapDataset, workers: int, threads: int) -> Generator[Batch, None, None]:
