@@ -33,15 +33,23 @@ _SMALL = (
     "--config.log_every_steps=1",
     "--config.checkpoint_every_steps=2",
     "--config.eval_every_steps=100",
+    "--config.data.validation_split=",
     "--config.data.test_split=",
     "--config.model.embed_dims=(8,8,8,8)",
     "--config.model.num_heads=(1,1,1,1)",
     "--config.model.clamp=False",
     "--config.model.drop_path_rate=0.2",
+    "--config.distributed.heartbeat_timeout=20",
+)
+# What depends on an example's place in the batch, and an evaluation whose last batch is not full
+_MIXED = (
+    "--config.total_steps=3",
+    "--config.data.validation_split=validation",
+    "--config.batch_size=20",
+    "--config.mesh.fsdp=2",
     "--config.augment.mixup=0.8",
     "--config.augment.cutmix=1.0",
     "--config.augment.erase=0.25",
-    "--config.distributed.heartbeat_timeout=20",
 )
 # Compiling takes longest here
 _QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -131,11 +139,7 @@ def test_one_process_writes_what_is_written_once(two):
     names = {path.name for path in two.iterdir()}
     assert {"config.json", "checkpoints", "metrics.jsonl", "model"} <= names
     assert len([name for name in names if name.startswith("events.out.tfevents")]) == 1
-    log = two.with_suffix(".log").read_text()
-    assert log.count("eval top-1") == 1
-    assert log.count("steps (") == 1
-    last = json.loads((two / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last["eval/examples"] == 144
+    assert two.with_suffix(".log").read_text().count(" steps (") == 1
 
 
 @pytest.mark.slow
@@ -143,26 +147,23 @@ def test_one_process_writes_what_is_written_once(two):
 def test_training_equals_one_process_on_as_many_devices(
     launch, tmp_path, read_metrics, processes, one_process
 ):
-    flags = ("--config.total_steps=3", "--config.mesh.fsdp=2")
     workdir = tmp_path / "group"
-    log = _finish(launch(workdir, *flags, processes=processes, devices=4 // processes))
+    log = _finish(launch(workdir, *_MIXED, processes=processes, devices=4 // processes))
     assert log.count("ended with 0.") == processes, log
-    lines = zip(read_metrics(one_process), read_metrics(workdir), strict=True)
-    for one, group in lines:
+    assert log.count("eval top-1") == 1
+    for one, group in zip(read_metrics(one_process), read_metrics(workdir), strict=True):
         assert one.keys() == group.keys()
         assert group["train/loss"] == pytest.approx(one["train/loss"], rel=2e-6)
         # after AdamW's steps parameters differ by more: tiny gradients are made as large as others
         assert group["train/grad_norm"] == pytest.approx(one["train/grad_norm"], rel=1e-3)
-        if "eval/loss" in one:
-            assert group["eval/examples"] == one["eval/examples"] == 144
-            assert group["eval/loss"] == pytest.approx(one["eval/loss"], rel=1e-4)
+    assert group["eval/examples"] == one["eval/examples"] == 144
+    assert group["eval/loss"] == pytest.approx(one["eval/loss"], rel=1e-4)
 
 
 @pytest.fixture(scope="module")
 def one_process(launch, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("straight") / "one"
-    flags = ("--config.total_steps=3", "--config.mesh.fsdp=2")
-    log = _finish(launch(workdir, *flags, processes=1, devices=4))
+    log = _finish(launch(workdir, *_MIXED, processes=1, devices=4))
     assert log.count("ended with 0.") == 1, log
     return workdir
 
@@ -295,12 +296,13 @@ def _group(code: str, processes: int, argument, devices=1, environment=None) -> 
         )
         for number in range(processes)
     ]
-    printed = []
-    for process in started:
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
-        printed.append(out)
-    return printed
+    try:
+        printed = [process.communicate(timeout=600) for process in started]
+        assert all(process.returncode == 0 for process in started), printed
+        return [out for out, _ in printed]
+    finally:
+        for process in started:
+            process.kill()
 
 
 @pytest.mark.slow

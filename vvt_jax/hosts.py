@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vvt_jax.errors import UserError
@@ -129,10 +128,11 @@ def is_first() -> bool:
 
 
 def fetch(tree: Any) -> Any:
-    """A tree of arrays as numpy arrays, whole, in every process; all have to ask for it."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    return multihost_utils.process_allgather(tree, tiled=True)
+    """A tree of arrays on one mesh as numpy arrays, whole, in every process; all have to ask."""
+    if jax.process_count() > 1:
+        mesh = jax.tree.leaves(tree)[0].sharding.mesh
+        tree = _replicate(mesh)(tree)  # one program for all; jax's own way is one for each shape
+    return jax.device_get(tree)
 
 
 def gather(values: np.ndarray) -> jax.Array:
