@@ -43,6 +43,14 @@ def get_config(_: str = "") -> ConfigDict:
     config.mesh.fsdp = 1  # images of the batch, and parameters and optimizer state
     config.mesh.spatial = 1  # rows of each image
 
+    # The processes of a run. None: as a TPU pod, Slurm, MPI or Kubernetes says; else alone.
+    config.distributed = ConfigDict()
+    config.distributed.coordinator = placeholder(str)  # HOST:PORT, where process 0 listens
+    config.distributed.num_processes = placeholder(int)
+    config.distributed.process_id = placeholder(int)  # from 0 up
+    config.distributed.start_timeout = 300  # seconds to wait for all of them
+    config.distributed.heartbeat_timeout = 100  # seconds until a silent one ends the others
+
     # A field that is None is the named model's own; see vvt_jax.models.VVT for what they mean.
     config.model = ConfigDict()
     config.model.name = "vvt_tiny"

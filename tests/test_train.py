@@ -196,7 +196,8 @@ def test_the_compiled_step_takes_the_memory_over_and_no_other_shape(make_run):
     run = make_run()
     state = run.init_state()
     train_step = run.compile_train_step()
-    with contextlib.closing(run.train_batches(0, print)) as batches:
+    stream = run.broken_images(print).watch(run.train_batches(0))
+    with contextlib.closing(stream) as batches:
         (batch,) = parallel.to_devices([next(batches)], run.mesh)
         new, done = train_step(state, batch)
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))

@@ -68,7 +68,7 @@ class Checkpoints:
         self._kept = _NewestAndBest(keep or 0)
         check_folder(folder)
         self._folder = storage.absolute(folder)
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             self._folder,
             item_handlers={
                 "state": ocp.StandardCheckpointHandler(),
@@ -174,6 +174,16 @@ class Checkpoints:
         return CheckpointError(
             f"The checkpoint {folder} can't be read ({type(error).__name__}: {reason}): {_MEND}"
         )
+
+
+class _Manager(ocp.CheckpointManager):
+    """Leaves preemption to the run, which asks for its sync point itself: asked with other steps,
+    and from the thread that writes in the background, jax would agree on one that never comes."""
+
+    def reached_preemption(self, step: int) -> bool:
+        """Never, as far as orbax goes."""
+        del step
+        return False
 
 
 class _NewestAndBest(PreservationPolicy):

@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from absl import flags, logging
@@ -18,6 +18,7 @@ from vvt_jax.storage import AnyPath
 _FREE = (
     "mode",
     "mesh.",
+    "distributed.",
     "data.workers",
     "data.threads",
     "data.broken_limit",
@@ -71,6 +72,7 @@ def check_values(config: ConfigDict) -> None:
     for field in ("batch_size", "keep_checkpoints", "profile_steps"):
         if config[field] <= 0:
             refuse(field, "it has to be positive")
+    _check_distributed(config.distributed, refuse)
     for field in ("learning_rate", "eps"):
         if config.optimizer[field] <= 0:
             refuse(f"optimizer.{field}", "it has to be positive")
@@ -102,6 +104,21 @@ def check_values(config: ConfigDict) -> None:
             refuse(f"optimizer.{field}", "it goes from 0 up to, not including, 1")
 
 
+def _check_distributed(distributed: ConfigDict, refuse: Callable[[str, str], None]) -> None:
+    for field in ("start_timeout", "heartbeat_timeout"):
+        if distributed[field] <= 0:
+            refuse(f"distributed.{field}", "it has to be positive")
+    coordinator, count, number = (
+        distributed[name] for name in ("coordinator", "num_processes", "process_id")
+    )
+    if coordinator is not None and not re.fullmatch(r".+:\d+", coordinator):
+        refuse("distributed.coordinator", "it is HOST:PORT")
+    if count is not None and count < 1:
+        refuse("distributed.num_processes", "it has to be positive")
+    if number is not None and not 0 <= number < (number + 1 if count is None else count):
+        refuse("distributed.process_id", "it goes from 0 up to num_processes - 1")
+
+
 def in_steps(
     fields: ConfigDict, name: str, batch_size: int, examples: int, default: float = 0.0
 ) -> int:
@@ -123,9 +140,14 @@ def in_steps(
     return round(seen / batch_size)
 
 
-def settle(config: ConfigDict, workdir: AnyPath) -> None:
+def settle(config: ConfigDict, workdir: AnyPath, *, write: bool = True) -> None:
     """Writes `config.json` into a new run's folder; in an old one's, compares. To evaluate it only
     compares.
+
+    Args:
+        config: of the run.
+        workdir: its folder.
+        write: False in a process whose group has another one for it.
 
     Raises:
         ConfigError: the folder belongs to a run with another config; the fields are named.
@@ -149,7 +171,7 @@ def settle(config: ConfigDict, workdir: AnyPath) -> None:
                 f"{workdir} holds a run with another config: {', '.join(changed)}; "
                 "use another workdir, or the config it started with."
             )
-    if config.mode == "eval":
+    if config.mode == "eval" or not write:
         return
     storage.replace(path, (json.dumps(given, indent=2) + "\n").encode())
 

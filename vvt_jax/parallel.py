@@ -134,6 +134,11 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, state)
 
 
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The layout of what is whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
 def batch_shardings(mesh: Mesh, batch: Iterable[str]) -> dict[str, NamedSharding]:
     """Shardings for the named arrays of a batch: examples over data and fsdp, rows over spatial."""
     return {
@@ -160,17 +165,40 @@ def abstract_like(arrays: Any) -> Any:
     )
 
 
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Which examples of a global batch the devices of this process hold, whole or in part: int
+    `[examples]`, rising."""
+    pieces = NamedSharding(mesh, _BATCH).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique([np.arange(batch_size)[piece] for piece in pieces])
+
+
 def to_devices(
-    batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh
+    batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh, batch_size: int | None = None
 ) -> Iterator[dict[str, jax.Array]]:
-    """Puts batches on the devices, some ahead of their use, so that transfers hide behind steps."""
+    """Puts batches on the devices, some ahead of their use, so that transfers hide behind steps.
+
+    Args:
+        batches: of each global batch the examples `local_rows(mesh, batch_size)`.
+        mesh: of the devices, also those of other processes.
+        batch_size: global; None where every process gives all of its examples.
+    """
 
     def put(batch):
+        size = batch_size or len(next(iter(batch.values())))
+        rows = local_rows(mesh, size)
+
+        def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+            def piece(index):
+                if batch_size is None:
+                    return array[index]
+                examples = range(size)[index[0]]
+                first = np.searchsorted(rows, examples.start)
+                return array[(slice(first, first + len(examples)), *index[1:])]
+
+            return jax.make_array_from_callback((size, *array.shape[1:]), sharding, piece)
+
         shardings = batch_shardings(mesh, batch)
-        return {
-            name: jax.make_array_from_process_local_data(shardings[name], array)
-            for name, array in batch.items()
-        }
+        return {name: place(array, shardings[name]) for name, array in batch.items()}
 
     ahead: collections.deque[dict[str, jax.Array]] = collections.deque()
     batches = iter(batches)

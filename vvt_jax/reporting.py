@@ -95,7 +95,8 @@ class Reporter:
     def last_line(self) -> dict[str, float]:
         """The measurements of the last step that was written, empty at the start of a run."""
         self.flush()
-        lines = storage.read_bytes(self._path).decode().splitlines()
+        found = self._path.exists()  # not yet, where another process writes it
+        lines = storage.read_bytes(self._path).decode().splitlines() if found else []
         metrics = json.loads(lines[-1]) if lines else {}
         return {name: value for name, value in metrics.items() if name != "step"}
 
@@ -114,6 +115,32 @@ class Reporter:
             except json.JSONDecodeError:  # a kill tore the last line
                 continue
         return kept
+
+
+class SilentReporter(Reporter):
+    """The reporter of a process whose group has another one for it: writes and shows nothing."""
+
+    def __init__(self, workdir: AnyPath, *, start_step: int, total_steps: int):
+        del start_step, total_steps
+        self._path = workdir / "metrics.jsonl"
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def advance(self) -> None:
+        """Nothing."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def flush(self) -> None:
+        """Nothing."""
+
+    def show(self, step: int, name: str, picture: PIL.Image.Image) -> None:
+        """Nothing."""
+
+    def say(self, text: str) -> None:
+        """Nothing."""
 
 
 def describe(part: str, metrics: Mapping[str, float]) -> str:

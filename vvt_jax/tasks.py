@@ -129,7 +129,11 @@ class Classification:
         batch, data = self._config.batch_size, self._config.data
         arrays = {**self.train_arrays(), "label": label, "mask": ((batch,), np.bool_)}
         step = parallel.compile_program(
-            "forward", eval_step, variables, parallel.abstract_batch(mesh, arrays)
+            "forward",
+            eval_step,
+            variables,
+            parallel.abstract_batch(mesh, arrays),
+            out_shardings=parallel.replicated(mesh),
         )
 
         def measure(variables: Any, source: Source, **record: Any) -> Measured:
@@ -137,11 +141,13 @@ class Classification:
                 source,
                 record={**self._record, **record},
                 batch_size=batch,
+                rows=parallel.local_rows(mesh, batch),
                 workers=data.workers,
                 threads=data.threads,
             )
             with contextlib.closing(batches):
-                return Measured(*evaluate(step, variables, parallel.to_devices(batches, mesh)))
+                arrays = parallel.to_devices(batches, mesh, batch)
+                return Measured(*evaluate(step, variables, arrays))
 
         return measure
 

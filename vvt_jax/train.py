@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,11 @@ import numpy as np
 import PIL.Image
 from ml_collections import ConfigDict
 
-from vvt_jax import charts, configuration, costs, forms, parallel, storage
+from vvt_jax import charts, configuration, costs, forms, hosts, parallel, storage
 from vvt_jax.checkpoint import Best, Checkpoints, check_folder
 from vvt_jax.configuration import ConfigError
 from vvt_jax.data import imagenet_sets
-from vvt_jax.data.loader import report_broken, train_batches
+from vvt_jax.data.loader import BrokenImages, train_batches
 from vvt_jax.data.sources import Source, open_source
 from vvt_jax.errors import UserError
 from vvt_jax.finetune import initial_variables
@@ -30,7 +30,7 @@ from vvt_jax.pretrained import save_pretrained
 from vvt_jax.recipe import mixing
 from vvt_jax.recipe.optimizer import make_optimizer, make_schedule
 from vvt_jax.recipe.step import Totals, TrainState, init_state, make_train_step
-from vvt_jax.reporting import Reporter, describe
+from vvt_jax.reporting import Reporter, SilentReporter, describe
 from vvt_jax.storage import AnyPath
 from vvt_jax.tasks import Measured, make_task, naming
 from vvt_jax.timing import Stopwatch, Trace
@@ -65,13 +65,14 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
     workdir = storage.locate(workdir)
     check_folder(workdir / "checkpoints")
     configuration.check_values(config)
+    hosts.join(config.distributed, preemptible=config.mode == "train")
     if config.compilation_cache:
         cache = Path(config.compilation_cache).expanduser()
         jax.config.update("jax_compilation_cache_dir", str(cache))
     may_write = config.mode == "train" or workdir.exists()
     sources = _open_sources(config.data, workdir / "offsets" if may_write else None)
     run = _Run(config, sources)
-    configuration.settle(config, workdir)
+    configuration.settle(config, workdir, write=hosts.is_first())
     if config.mode == "eval":
         return _evaluate_only(run, config, workdir)
 
@@ -89,26 +90,29 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
             state, best = checkpoints.restore(run.abstract_state)
         step = int(state.step)
         train_step = run.compile_train_step()  # before the clock starts
+        make_reporter = Reporter if hosts.is_first() else SilentReporter
         reporter = stack.enter_context(
-            Reporter(workdir, start_step=step, total_steps=run.total_steps)
+            make_reporter(workdir, start_step=step, total_steps=run.total_steps)
         )
         for line in [*told, run.describe()]:
             reporter.say(line)
         if step:
             reporter.say(f"Resumed at step {step} of {run.total_steps}.")
+        broken = run.broken_images(reporter.say)
         batches = stack.enter_context(
-            contextlib.closing(run.train_batches(start_step=step, say=reporter.say))
+            contextlib.closing(broken.watch(run.train_batches(start_step=step)))
         )
-        trace = stack.enter_context(
-            Trace(workdir / "profile", config.profile_at_step, config.profile_steps)
-        )
+        profile_at = config.profile_at_step if hosts.is_first() else 0
+        trace = stack.enter_context(Trace(workdir / "profile", profile_at, config.profile_steps))
 
         latest = reporter.last_line()
-        unread: Totals | None = None  # of the step before, not waited for yet
+        unread: _Unread | None = None  # of the step before, not waited for yet
         under_way: collections.deque[jax.Array] = collections.deque()
         stopwatch = Stopwatch()
-        for batch in stopwatch.waiting(parallel.to_devices(batches, run.mesh)):
-            if step == run.total_steps or interruption.signum:
+        start = step
+        arrays = parallel.to_devices(batches, run.mesh, config.batch_size)
+        for batch in stopwatch.waiting(arrays):
+            if step == run.total_steps or interruption.stops_after(step - start):
                 break
             trace.before(step + 1)
             state, done = train_step(state, batch)
@@ -120,17 +124,20 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
             reporter.advance()
             if unread is not None:  # read while the devices are busy with this step
                 reporter.write(step - 1, run.describe_training(step - 1, unread, stopwatch))
+                broken.tell(np.asarray(unread.broken))
                 unread = None
 
             log, measure, save = run.due(step)
             if log:
-                unread, state = state.totals, dataclasses.replace(state, totals=run.no_totals())
+                unread = _Unread(state.totals, hosts.gather(broken.take()))
+                state = dataclasses.replace(state, totals=run.no_totals())
             if not (measure or save):
                 continue
             _check_finite(state.totals)
             metrics: dict[str, float] = {}
             if unread is not None:
                 metrics = run.describe_training(step, unread, stopwatch)
+                broken.tell(np.asarray(unread.broken))
                 unread = None
             show = functools.partial(reporter.show, step)
             with stopwatch.paused():
@@ -157,6 +164,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
             _check_finite(state.totals)
             reporter.flush()
             checkpoints.save(step, state, best)
+            if unread is not None:
+                broken.tell(np.asarray(unread.broken))
     if interruption.signum:  # also one that came while the last checkpoint was being written
         raise Interrupted(interruption.signum, step)
     return latest
@@ -180,6 +189,13 @@ def see_batch(
     run = _Run(config, sources)
     images, targets = run.see_batch(step)
     return images, targets, run.preprocessing, sources["train"].class_names
+
+
+class _Unread(NamedTuple):
+    """What a report is made of, on its way from the devices."""
+
+    totals: Totals  # since the last report
+    broken: jax.Array  # numbers of broken examples, int32 [processes, ...]
 
 
 class _Run:
@@ -263,7 +279,7 @@ class _Run:
         variables, told = initial_variables(
             path,
             self._model,
-            jax.device_get(state.variables()),
+            hosts.fetch(state.variables()),
             self._sources["train"].class_names,
             keep_head=keep_head,
         )
@@ -282,7 +298,12 @@ class _Run:
 
     def no_totals(self) -> Totals:
         """Totals that start anew."""
-        return jax.device_put(Totals.zeros(), self._shardings.totals)
+        return self._zero_totals()
+
+    @functools.cached_property
+    def _zero_totals(self) -> Callable[[], Totals]:
+        # Not put there: with several processes that would compare them, and wait
+        return jax.jit(Totals.zeros, out_shardings=self._shardings.totals)
 
     def compile_train_step(
         self,
@@ -325,13 +346,21 @@ class _Run:
     def _measure_set(self) -> Callable[..., Measured]:
         return self._task.set_evaluator(self.mesh, self._eval_variables)
 
-    def train_batches(
-        self, start_step: int, say: Callable[[str], None]
-    ) -> Generator[dict[str, np.ndarray], None, None]:
-        """The endless stream of batches from that step on; `say` is told of broken images."""
-        source, data = self._sources["train"], self._config.data
-        batches = train_batches(
-            source,
+    @functools.cached_property
+    def _rows(self) -> np.ndarray:
+        """The examples of a batch that are this process's own."""
+        return parallel.local_rows(self.mesh, self._config.batch_size)
+
+    def broken_images(self, say: Callable[[str], None]) -> BrokenImages:
+        """What names and counts the training's broken images."""
+        return BrokenImages(self._sources["train"], self._config.data.broken_limit, say)
+
+    def train_batches(self, start_step: int) -> Generator[dict[str, np.ndarray], None, None]:
+        """The endless stream of batches from that step on, with flags for broken images; of each
+        batch this process's own examples."""
+        data = self._config.data
+        return train_batches(
+            self._sources["train"],
             record=self.preprocessing,
             augment=self._config.augment.to_dict(),
             prepare=self._task.train_example,
@@ -339,15 +368,17 @@ class _Run:
             seed=self._config.seed,
             start_step=start_step,
             repeats=self._config.augment.repeats,
+            rows=self._rows,
             workers=data.workers,
             threads=data.threads,
         )
-        return report_broken(batches, source, data.broken_limit, say)
 
     def see_batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Images and targets as the model sees them at that step, counted from 1."""
-        with contextlib.closing(self.train_batches(step - 1, print)) as batches:
+        broken = self.broken_images(print)
+        with contextlib.closing(broken.watch(self.train_batches(step - 1))) as batches:
             batch = next(batches)
+        broken.tell(broken.take())
         key = mixing.augmentation_key(self._config.seed, step)
         return jax.device_get(jax.jit(self._task.prepare)(batch, key))
 
@@ -358,9 +389,10 @@ class _Run:
         return log, measure, save
 
     def describe_training(
-        self, step: int, totals: Totals, stopwatch: Stopwatch
+        self, step: int, unread: _Unread, stopwatch: Stopwatch
     ) -> dict[str, float]:
         """Means over the steps since the last report; waits for that step's end."""
+        totals = unread.totals
         _check_finite(totals)
         steps = int(totals.steps)
         seconds, waiting = stopwatch.read()
@@ -406,6 +438,8 @@ class _Run:
             variables = self._unstack(state.variables(ema=ema))
             measured = self._measure(variables, self._sources[part])
             metrics |= {f"{name}/{key}": value for key, value in measured.metrics.items()}
+            if not hosts.is_first():
+                continue
             if measured.confusion is not None and folder is not None:
                 self._task.write_tables(folder, name, measured.confusion)
             if measured.picture is not None and show is not None:
@@ -440,7 +474,7 @@ class _Run:
                 whole = {"crop_fraction": 1.0} if each.cropped else {}
                 measured[each.name] = self._measure_set(variables, each.source, **whole).metrics
             measured, errors, relative = imagenet_sets.sum_up_corruptions(measured)
-            if errors:
+            if errors and hosts.is_first():
                 path = folder / f"{imagenet_sets.CORRUPTED}{suffix}.csv"
                 charts.write_corruptions(path, errors, relative, imagenet_sets.SEVERITIES)
             metrics |= {
@@ -452,8 +486,9 @@ class _Run:
 
     def save_model(self, folder: AnyPath, state: TrainState) -> None:
         """Writes the model folder, with the averaged weights where there are some."""
-        variables = jax.device_get(state.variables(ema=state.ema is not None))
-        save_pretrained(folder, self._model, variables, self._task.card)
+        variables = hosts.fetch(state.variables(ema=state.ema is not None))
+        if hosts.is_first():
+            save_pretrained(folder, self._model, variables, self._task.card)
 
 
 def _open_sources(data: ConfigDict, cache_dir: AnyPath | None = None) -> dict[str, Source]:
@@ -490,24 +525,27 @@ def _evaluate_only(run: _Run, config: ConfigDict, workdir: AnyPath) -> dict[str,
     also = run.open_also(workdir / "offsets" if workdir.exists() else None)
     if config.init_from:
         state, told = run.start_from(config.init_from, run.init_state(), keep_head=True)
-        print(*told, sep="\n")
     else:
         with Checkpoints(workdir / "checkpoints", keep=None) as checkpoints:
             if checkpoints.latest_step() is None:
                 raise ConfigError(
                     f"{workdir} has no checkpoint to evaluate: is it the run's folder?"
                 )
-            state, _ = checkpoints.restore(run.abstract_state)
+            (state, _), told = checkpoints.restore(run.abstract_state), []
     folder = workdir / "evaluation"
     metrics = run.evaluate(state, "validation", "eval", folder)
     metrics |= run.evaluate(state, "test", "test", folder)
     metrics |= run.evaluate_also(state, also, folder)
+    if not hosts.is_first():
+        return metrics
     step = int(state.step)
     charts.write_metrics(folder / "metrics.json", step, metrics)
     for name, value in metrics.items():
         if name.endswith("/loss"):
-            print(f"step {step}: {describe(name.removesuffix('/loss'), metrics)}")
+            told.append(f"step {step}: {describe(name.removesuffix('/loss'), metrics)}")
         if name.endswith("/mce"):
-            print(f"step {step}: {name.removesuffix('/mce')} mean corruption error {value:.2%}")
-    print(f"All measurements, and what each class is taken for, are in {folder}.")
+            kind = name.removesuffix("/mce")
+            told.append(f"step {step}: {kind} mean corruption error {value:.2%}")
+    told.append(f"All measurements, and what each class is taken for, are in {folder}.")
+    print(*told, sep="\n")
     return metrics

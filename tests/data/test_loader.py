@@ -185,8 +185,11 @@ def test_broken_images_are_named_once_up_to_a_limit():
         stream = loader.train_batches(
             source, record=_RECORD, augment=_EXACT, batch_size=4, seed=0, threads=1
         )
-        with contextlib.closing(loader.report_broken(stream, source, limit, told.append)) as kept:
-            return list(itertools.islice(kept, batches))
+        broken = loader.BrokenImages(source, limit, told.append)
+        with contextlib.closing(broken.watch(stream)) as kept:
+            read = list(itertools.islice(kept, batches))
+        broken.tell(broken.take())
+        return read
 
     assert all(set(batch) == {"image", "label"} for batch in read(limit=3))
     assert [line[:39] for line in told] == [
@@ -198,6 +201,68 @@ def test_broken_images_are_named_once_up_to_a_limit():
     assert str(refused.value).startswith(
         "3 broken images are more than config.data.broken_limit=2 allows. The last one: Image "
     )
+
+
+def test_processes_tell_each_other_of_broken_images():
+    """Half the rows each, then what both found is told to both: as one process would."""
+    source, told = _damaged(90), [[], []]
+    broken = [loader.BrokenImages(source, 30, told[i].append) for i in range(2)]
+    for i in range(2):
+        options = {"record": _RECORD, "augment": _EXACT, "seed": 0, "threads": 0}
+        stream = loader.train_batches(
+            source, batch_size=10, rows=np.arange(5 * i, 5 * i + 5), **options
+        )
+        with contextlib.closing(broken[i].watch(stream)) as kept:
+            list(itertools.islice(kept, 18))  # two epochs
+    for _ in range(2):  # 16 of a process at a time, of up to 30
+        taken = np.stack([one.take() for one in broken])
+        assert taken.dtype == np.int32
+        for one in broken:
+            one.tell(taken)
+    assert told[0] == told[1]
+    assert sorted(int(line.split("number ")[1].split()[0]) for line in told[0]) == [
+        *range(0, 90, 3)
+    ]
+    assert all(
+        line.startswith(f"Replaced a broken image, the run's {n + 1}. ")
+        for n, line in enumerate(told[0])
+    )
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.data(), st.integers(1, 12), st.integers(0, 3))
+def test_rows_are_those_of_the_whole_batch(data, batch_size, start_step):
+    source = _numbered(7)
+    rows = np.array(sorted(data.draw(st.sets(st.integers(0, batch_size - 1), min_size=1))))
+    whole = _take(3, source, batch_size=batch_size, start_step=start_step)
+    part = _take(3, source, batch_size=batch_size, start_step=start_step, rows=rows)
+    _assert_equal(part, [{k: v[rows] for k, v in batch.items()} for batch in whole])
+    given = [
+        list(loader.eval_batches(source, record=_RECORD, batch_size=batch_size, threads=0, **own))
+        for own in ({}, {"rows": rows})
+    ]
+    _assert_equal(given[1], [{k: v[rows] for k, v in batch.items()} for batch in given[0]])
+
+
+def test_rows_read_only_their_own_examples():
+    read = []
+
+    class Watched(_Numbered):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    source = sources.Source(Watched(8), tuple(map(str, range(8))), "watched", "all")
+    (batch,) = _take(1, source, batch_size=8, rows=np.array([1, 6]))
+    assert read == batch["label"].tolist()
+
+
+def test_rows_with_workers():
+    source = _numbered(20)
+    rows = np.array([2, 3, 7])
+    whole = _take(4, source, batch_size=8)
+    part = _take(4, source, batch_size=8, rows=rows, workers=2)
+    _assert_equal(part, [{k: v[rows] for k, v in batch.items()} for batch in whole])
 
 
 class _AllDamaged(_Numbered):

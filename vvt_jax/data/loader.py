@@ -34,6 +34,7 @@ from vvt_jax.data.sources import BrokenImageError, DataError, Examples, Source
 
 Batch = dict[str, np.ndarray]
 _SUBSTITUTES = 20  # broken images in a row after which it is no accident
+_REPORTED = 16  # broken images that a process names at a time
 
 
 def train_batches(
@@ -46,6 +47,7 @@ def train_batches(
     start_step: int = 0,
     repeats: int = 1,
     prepare: Callable[..., dict[str, Any]] = augment_lib.train_example,
+    rows: np.ndarray | None = None,
     workers: int = 0,
     threads: int = 4,
 ) -> Generator[Batch, None, None]:
@@ -54,7 +56,7 @@ def train_batches(
     Batch `i`, counted from 0, depends on the source, the settings, `seed` and `i` only.
 
     An image that can't be decoded is replaced by another one, which follows from `seed` and its
-    place in the stream, and flagged in its batch; `report_broken` takes the flags out and counts.
+    place in the stream, and flagged in its batch; `BrokenImages` takes the flags out and counts.
 
     Args:
         source: the examples.
@@ -68,6 +70,8 @@ def train_batches(
             of the images.
         prepare: of an example, a random generator, the record and the settings makes the arrays of
             the batch's example.
+        rows: the examples of each batch that are wanted, by their place in it, where several
+            processes share a batch: only these are read. By default all.
         workers: worker processes; 0 works in this process.
         threads: threads that prepare batches, in each worker; 0 works when a batch is asked for.
 
@@ -103,10 +107,8 @@ def train_batches(
             ),
             seed=int(augment_seed),
         )
-        # An endless stream has no remainder, but grain would divide its length as floats, rounding
-        # up beyond the largest length.
-        .batch(batch_size, drop_remainder=True)
     )
+    dataset = _batched(dataset, batch_size, rows)
     return stream(dataset[start_step:], workers, threads)
 
 
@@ -115,6 +117,7 @@ def eval_batches(
     *,
     record: Mapping[str, Any],
     batch_size: int,
+    rows: np.ndarray | None = None,
     workers: int = 0,
     threads: int = 4,
 ) -> Generator[Batch, None, None]:
@@ -124,6 +127,7 @@ def eval_batches(
         source: the examples.
         record: the preprocessing record.
         batch_size: examples in a batch.
+        rows: as for `train_batches`; there are as many batches for any of them.
         workers: worker processes; 0 works in this process.
         threads: threads that prepare batches, in each worker; 0 works when a batch is asked for.
 
@@ -138,13 +142,11 @@ def eval_batches(
     """
     check(source, batch_size, workers, threads)
     preprocess.check_record(record)
-    dataset = (
-        grain.MapDataset.source(source.examples)
-        .map(functools.partial(_eval_example, record=dict(record)))
-        .batch(batch_size)
-        .map(functools.partial(_pad, batch_size=batch_size))
+    batches = -(-len(source.examples) // batch_size)
+    dataset = grain.MapDataset.range(batches * batch_size).map(
+        functools.partial(_eval_example, examples=source.examples, record=dict(record))
     )
-    return stream(dataset, workers, threads)
+    return stream(_batched(dataset, batch_size, rows), workers, threads)
 
 
 def check(source: Source, batch_size: int, workers: int, threads: int) -> None:
@@ -155,6 +157,33 @@ def check(source: Source, batch_size: int, workers: int, threads: int) -> None:
         raise ValueError(f"`batch_size` must be 1 or more, not {batch_size}.")
     if workers < 0 or threads < 0:
         raise ValueError(f"`workers` and `threads` must be 0 or more, not {workers}, {threads}.")
+
+
+def _batched(
+    examples: grain.MapDataset, batch_size: int, rows: np.ndarray | None
+) -> grain.MapDataset:
+    if rows is not None and len(rows) < batch_size:
+        # grain's own ways (slices, ElasticIterator) deal examples out in turn: in another order
+        # than one process has them, which would change what is mixed with what.
+        examples, batch_size = _Rows(examples, batch_size, rows), len(rows)
+    # No stream here has a remainder, but grain would divide an endless one's length as floats,
+    # rounding up beyond the largest length.
+    return examples.batch(batch_size, drop_remainder=True)
+
+
+class _Rows(grain.MapDataset):
+    """Of each batch only some examples, by their place in it."""
+
+    def __init__(self, parent: grain.MapDataset, batch_size: int, rows: np.ndarray):
+        super().__init__(parent)
+        self._batch_size, self._rows = batch_size, rows.tolist()
+
+    def __len__(self) -> int:
+        return len(self._parent) // self._batch_size * len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        batch, place = divmod(index, len(self._rows))
+        return self._parent[batch * self._batch_size + self._rows[place]]
 
 
 class _RepeatEach(grain.MapDataset):
@@ -193,34 +222,57 @@ def _train_example(
     raise DataError(f"{_SUBSTITUTES} images in a row can't be decoded: is this data set damaged?")
 
 
-def report_broken(
-    batches: Generator[Batch, None, None], source: Source, limit: int, say: Callable[[str], None]
-) -> Generator[Batch, None, None]:
-    """Batches without their flags; each broken example is named once and counted.
+class BrokenImages:
+    """Names each broken example of a stream once, and counts them.
+
+    Where several processes share the batches, each finds those of its own rows: what `take` gave in
+    any of them is told to all, so that they count alike and give up together.
 
     Args:
-        batches: from `train_batches`.
-        source: the examples that they were made of.
+        source: the examples that the batches are made of.
         limit: more broken examples than this end the run.
         say: takes one sentence an example.
-
-    Raises:
-        DataError: the limit is passed.
     """
-    found: set[int] = set()
-    with contextlib.closing(batches):
-        for batch in batches:
-            flags = batch.pop("broken")
-            for index in sorted(set(flags[flags >= 0].tolist()) - found):
-                found.add(index)
-                told = _why_broken(source, index)
-                if len(found) > limit:
-                    raise DataError(
-                        f"{len(found)} broken images are more than config.data.broken_limit="
-                        f"{limit} allows. The last one: {told}"
-                    )
-                say(f"Replaced a broken image, the run's {len(found)}. {told}")
-            yield batch
+
+    def __init__(self, source: Source, limit: int, say: Callable[[str], None]):
+        self._source, self._limit, self._say = source, limit, say
+        self._seen: set[int] = set()
+        self._untold: list[int] = []
+        self._told: set[int] = set()
+
+    def watch(
+        self, batches: Generator[Batch, None, None]
+    ) -> Generator[dict[str, np.ndarray], None, None]:
+        """The batches of `train_batches`, without their flags."""
+        with contextlib.closing(batches):
+            for batch in batches:
+                flags = batch.pop("broken")
+                new = sorted(set(flags[flags >= 0].tolist()) - self._seen)
+                self._seen.update(new)
+                self._untold += new
+                yield batch
+
+    def take(self) -> np.ndarray:
+        """Numbers of examples found here and not taken yet, the first ones: int32
+        `[_REPORTED]`, filled up with -1."""
+        taken, self._untold = self._untold[:_REPORTED], self._untold[_REPORTED:]
+        return np.array(taken + [-1] * (_REPORTED - len(taken)), np.int32)
+
+    def tell(self, taken: np.ndarray) -> None:
+        """Names and counts what was taken, in this process or several.
+
+        Raises:
+            DataError: the limit is passed.
+        """
+        for index in sorted(set(taken[taken >= 0].tolist()) - self._told):
+            self._told.add(index)
+            why = _why_broken(self._source, index)
+            if len(self._told) > self._limit:
+                raise DataError(
+                    f"{len(self._told)} broken images are more than config.data.broken_limit="
+                    f"{self._limit} allows. The last one: {why}"
+                )
+            self._say(f"Replaced a broken image, the run's {len(self._told)}. {why}")
 
 
 def _why_broken(source: Source, index: int) -> str:
@@ -231,20 +283,15 @@ def _why_broken(source: Source, index: int) -> str:
     return f"example {index} of {source.name!r}, which can be read now."
 
 
-def _eval_example(example: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
-    image, label = preprocess.eval_image(example["image"], record), example["label"]
-    return {"image": image, "label": label if np.ndim(label) else np.int32(label)}
-
-
-def _pad(batch: Mapping[str, np.ndarray], batch_size: int) -> dict[str, np.ndarray]:
-    count = len(batch["label"])
-
-    def fill(array: np.ndarray) -> np.ndarray:
-        return np.pad(array, [(0, batch_size - count)] + [(0, 0)] * (array.ndim - 1))
-
-    return {key: fill(array) for key, array in batch.items()} | {
-        "mask": np.arange(batch_size) < count
-    }
+def _eval_example(index: int, examples: Examples, record: Mapping[str, Any]) -> dict[str, Any]:
+    padding = index >= len(examples)  # fills up the last batch
+    example = examples[0 if padding else index]
+    label = example["label"] if np.ndim(example["label"]) else np.int32(example["label"])
+    if padding:
+        black = np.zeros((*record["size"], 3), np.uint8)
+        return {"image": black, "label": np.zeros_like(label), "mask": np.False_}
+    image = preprocess.eval_image(example["image"], record)
+    return {"image": image, "label": label, "mask": np.True_}
 
 
 def stream(dataset: grain.MapDataset, workers: int, threads: int) -> Generator[Batch, None, None]:

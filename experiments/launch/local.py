@@ -1,0 +1,117 @@
+"""Starts a group of processes on this machine, and starts it again when one of them is lost.
+
+    python -m experiments.launch.local --processes=2 --gpus_each=4 -- \\
+        --config=configs/imagenet.py:vvt_tiny --workdir=runs/tiny
+    python -m experiments.launch.local --processes=2 --devices=4 -- \\
+        --config=configs/digits.py --workdir=runs/digits
+
+What follows `--` goes to `python -m vvt_jax.main`. A lost process ends the others, at the latest
+after `config.distributed.heartbeat_timeout`; the group then goes on from its newest checkpoint.
+SIGTERM and Ctrl-C save and end it. An error that every process reports itself is not tried again.
+"""
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+_LOOK = 0.2  # seconds between looks at the processes
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--processes", type=int, required=True)
+    parser.add_argument("--gpus_each", type=int, help="GPUs of a process, dealt out in order")
+    parser.add_argument("--devices", type=int, help="simulated CPU devices of a process")
+    parser.add_argument("--restarts", type=int, default=10, help="at most, after a loss")
+    parser.add_argument(
+        "--grace", type=float, default=0.0, help="seconds for the others to end by themselves"
+    )
+    parser.add_argument("arguments", nargs="+", help="of python -m vvt_jax.main, after --")
+    options = parser.parse_args()
+
+    group = Group(options)
+    for start in range(options.restarts + 1):
+        if start:
+            print(f"Restart {start} of {options.restarts}.", flush=True)
+        statuses = group.run()
+        lost = any(status < 0 for status in statuses)
+        if not lost or group.signalled:
+            break
+    return max((abs(status) for status in statuses), default=0)
+
+
+class Group:
+    """The processes of one run."""
+
+    def __init__(self, options: argparse.Namespace):
+        self._options = options
+        self._processes: list[subprocess.Popen] = []
+        self.signalled = False
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, self._forward)
+
+    def run(self) -> Sequence[int]:
+        """Starts all and waits for all; their exit statuses, -N for one that signal N ended."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self._processes = [self._start(i, port) for i in range(self._options.processes)]
+        told: set[int] = set()
+        end: float | None = None  # when those that are left are killed
+        while True:
+            running = [p for p in self._processes if p.poll() is None]
+            for i, process in enumerate(self._processes):
+                if process.returncode is not None and i not in told:
+                    told.add(i)
+                    print(f"Process {i} ended with {process.returncode}.", flush=True)
+                    if process.returncode and end is None and not self.signalled:
+                        end = time.monotonic() + self._options.grace
+            if not running:
+                return [p.returncode for p in self._processes]
+            if end is not None and time.monotonic() >= end:
+                for process in running:
+                    process.kill()
+            time.sleep(_LOOK)
+
+    def _start(self, number: int, port: int) -> subprocess.Popen:
+        options, environment = self._options, dict(os.environ)
+        if options.gpus_each:
+            first = number * options.gpus_each
+            visible = range(first, first + options.gpus_each)
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, visible))
+        if options.devices:
+            flags = environment.get("XLA_FLAGS", "")
+            count = f"--xla_force_host_platform_device_count={options.devices}"
+            environment["XLA_FLAGS"] = f"{flags} {count}"
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "vvt_jax.main",
+                f"--config.distributed.coordinator=127.0.0.1:{port}",
+                f"--config.distributed.num_processes={options.processes}",
+                f"--config.distributed.process_id={number}",
+                *options.arguments,
+            ],
+            env=environment,
+        )
+        print(f"Process {number} is {process.pid}.", flush=True)
+        return process
+
+    def _forward(self, signum: int, frame: object) -> None:
+        del frame
+        self.signalled = True
+        for process in self._processes:
+            if process.poll() is None:
+                process.send_signal(signum)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

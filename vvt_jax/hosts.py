@@ -1,0 +1,157 @@
+"""Several processes that work as one: how they find each other, and share what only one knows.
+
+Each process drives the devices of one host, or one of its devices. All of them run the same
+program on the same config, and see one global mesh of all devices.
+"""
+
+import functools
+import importlib.util
+import os
+import socket
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from vvt_jax.errors import UserError
+
+_EXPLICIT = ("coordinator", "num_processes", "process_id")
+
+
+class GroupError(UserError):
+    """Processes that can't find each other."""
+
+
+def join(distributed: Mapping[str, Any], *, preemptible: bool) -> None:
+    """Joins this process to its group, before anything else asks jax for a device.
+
+    Nothing is done in a process that is alone: one without these fields and without a sign of a
+    cluster, or with `num_processes=1`.
+
+    Args:
+        distributed: the fields of `config.distributed`. What is empty is found by jax, from what
+            a TPU pod, Slurm, Open MPI, another MPI (with mpi4py) or Kubernetes (with jax[k8s]) say.
+        preemptible: SIGTERM asks the group to stop at one agreed step, see `interruption`; or else
+            it ends the process as usual.
+
+    Raises:
+        GroupError: the fields do not fit each other, or the group does not come together.
+    """
+    given = {name: distributed[name] for name in _EXPLICIT if distributed[name] is not None}
+    if distributed["num_processes"] == 1 or jax.distributed.is_initialized():
+        return
+    method = None
+    if len(given) < len(_EXPLICIT):
+        found = _cluster(os.environ)
+        if found is None:
+            if given:
+                missing = ", ".join(f"config.distributed.{n}" for n in _EXPLICIT if n not in given)
+                raise GroupError(f"There is no cluster here that could tell {missing}: give it.")
+            return
+        cluster, method = found
+    else:
+        cluster = "config.distributed"
+    timeout = distributed["start_timeout"]
+    if given.get("process_id"):  # the first one waits for the others in any case
+        _wait_for(distributed["coordinator"], timeout)
+    jax.config.update("jax_enable_preemption_service", preemptible)
+    try:
+        jax.distributed.initialize(
+            coordinator_address=distributed["coordinator"],
+            num_processes=distributed["num_processes"],
+            process_id=distributed["process_id"],
+            cluster_detection_method=method,
+            initialization_timeout=timeout,
+            heartbeat_timeout_seconds=distributed["heartbeat_timeout"],
+            # One that ends early, with an error of its own, ends the others as soon as a lost one
+            shutdown_timeout_seconds=distributed["heartbeat_timeout"],
+        )
+    except Exception as error:  # jax's own, those of MPI and of Kubernetes
+        reason = str(error).strip().partition("\n")[0][:300]
+        raise GroupError(
+            f"The group of processes that {cluster} tells of can't be joined ({reason}): "
+            "config.distributed.coordinator=HOST:PORT, num_processes and process_id tell it "
+            "otherwise, num_processes=1 works alone."
+        ) from error
+
+
+def _cluster(environment: Mapping[str, str]) -> tuple[str, str | None] | None:
+    """Who started this process as one of several, and jax's name of the way to ask it where that
+    has to be chosen; None for a process that is alone."""
+
+    def more_than_one(name: str) -> bool:
+        return environment.get(name, "1").strip() not in ("", "1")
+
+    # Of the step, not of the job: a shell in an allocation of four tasks is alone
+    if "SLURM_PROCID" in environment and more_than_one("SLURM_STEP_NUM_TASKS"):
+        return "Slurm", "slurm"
+    if more_than_one("OMPI_COMM_WORLD_SIZE"):
+        # From version 5 on, Open MPI no longer says where its first process is
+        return "Open MPI", "ompi" if "OMPI_MCA_orte_hnp_uri" in environment else "mpi4py"
+    if more_than_one("PMI_SIZE"):
+        return "MPI", "mpi4py"
+    hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES", "")
+    if "," in hosts or more_than_one("MEGASCALE_NUM_SLICES"):
+        return "the TPU pod", None
+    # jax sets the variable where there is no TPU chip; where there is one, the machine is asked
+    if importlib.util.find_spec("libtpu") and "TPU_SKIP_MDS_QUERY" not in environment:
+        return "the TPU pod", None
+    indexed = "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment
+    if indexed and importlib.util.find_spec("kubernetes"):
+        return "Kubernetes", None
+    return None
+
+
+def _wait_for(coordinator: str, timeout: float) -> None:
+    """Waits until process 0 listens. jax would end the program without an exception."""
+    host, _, port = coordinator.rpartition(":")
+    end = time.monotonic() + timeout
+    while True:
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=5):
+                return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise GroupError(
+                    f"config.distributed.coordinator={coordinator} did not answer for {timeout} s "
+                    f"({error}): is process 0 running there, and is the port reachable?"
+                ) from error
+            time.sleep(0.1)
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes what is written once."""
+    return jax.process_index() == 0
+
+
+def fetch(tree: Any) -> Any:
+    """A tree of arrays on one mesh as numpy arrays, whole, in every process; all have to ask."""
+    if jax.process_count() > 1:
+        mesh = jax.tree.leaves(tree)[0].sharding.mesh
+        tree = _replicate(mesh)(tree)  # one program for all; jax's own way is one for each shape
+    return jax.device_get(tree)
+
+
+def gather(values: np.ndarray) -> jax.Array:
+    """Every process's values, `[processes, *values.shape]`; all have to ask for it.
+
+    Waiting for the answer is left to who reads it, as with any array on the devices.
+    """
+    mesh = _processes()
+    layout = NamedSharding(mesh, PartitionSpec("process"))
+    shape = (mesh.shape["process"], *values.shape)
+    return _replicate(mesh)(jax.make_array_from_process_local_data(layout, values[None], shape))
+
+
+@functools.cache
+def _processes() -> Mesh:
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    return Mesh(np.array(devices).reshape(jax.process_count(), -1), ("process", "device"))
+
+
+@functools.cache
+def _replicate(mesh: Mesh) -> Any:
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
