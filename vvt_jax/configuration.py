@@ -74,6 +74,7 @@ def check_values(config: ConfigDict) -> None:
         "optimizer.weight_decay",
         "optimizer.clip_norm",
         "optimizer.learning_rate_batch",
+        "optimizer.skip_nonfinite",
         "data.workers",
         "data.threads",
         "data.broken_limit",

@@ -21,10 +21,11 @@ from vvt_jax.data.augment import check_augment
 from vvt_jax.data.loader import eval_batches, report_broken, train_batches
 from vvt_jax.data.preprocess import check_record
 from vvt_jax.data.sources import Source, open_source
-from vvt_jax.errors import UserError
+from vvt_jax.errors import UserError, telling_of_full_disks
 from vvt_jax.evaluate import evaluate, make_eval_step
 from vvt_jax.finetune import initial_variables
 from vvt_jax.interruption import Interrupted, Interruption
+from vvt_jax.lock import WorkdirLock
 from vvt_jax.models import VVT, create_model, unstack_blocks
 from vvt_jax.pretrained import save_pretrained
 from vvt_jax.recipe import mixing
@@ -67,20 +68,24 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
     may_write = config.mode == "train" or workdir.exists()
     sources = _open_sources(config.data, workdir / "offsets" if may_write else None)
     run = _Run(config, sources)
-    configuration.settle(config, workdir)
     if config.mode == "eval":
+        configuration.settle(config, workdir)
         return _evaluate_only(run, config, workdir)
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(telling_of_full_disks(workdir))
+        stack.enter_context(WorkdirLock(workdir))
+        configuration.settle(config, workdir)
         interruption = stack.enter_context(Interruption())
-        checkpoints = stack.enter_context(
-            Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
-        )
         told: list[str] = []
+        checkpoints = stack.enter_context(
+            Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints, say=told.append)
+        )
         if checkpoints.latest_step() is None:
             state, best = run.init_state(), Best()
             if config.init_from:
-                state, told = run.start_from(config.init_from, state)
+                state, lines = run.start_from(config.init_from, state)
+                told += lines
         else:
             state, best = checkpoints.restore(run.abstract_state)
         step = int(state.step)
@@ -246,6 +251,7 @@ class _Run:
             ema_decay=config.optimizer.ema_decay,
             accumulate=config.optimizer.accumulate,
             freeze=config.optimizer.freeze,
+            skip_nonfinite=config.optimizer.skip_nonfinite,
         )
 
     def describe(self) -> str:
@@ -385,10 +391,17 @@ class _Run:
         steps = int(totals.steps)
         seconds, waiting = stopwatch.read()
         rate = steps * self._config.batch_size / seconds
-        metrics = {
-            "train/loss": float(totals.loss) / steps,
-            "train/grad_norm": float(totals.grad_norm) / steps,
-            "train/learning_rate": float(self._schedule(step - 1)),
+        skipped, updates = int(totals.skipped), int(totals.updates)
+        metrics = {}
+        if updates:
+            metrics = {
+                "train/loss": float(totals.loss) / updates,
+                "train/grad_norm": float(totals.grad_norm) / updates,
+            }
+        if self._config.optimizer.skip_nonfinite:
+            metrics["train/skipped"] = skipped
+        metrics |= {
+            "train/learning_rate": float(self._schedule(step - skipped - 1)),
             "train/images_per_second": rate,
             "train/data_wait": waiting / seconds,
         }
