@@ -133,6 +133,7 @@ def get_config(_: str = "") -> ConfigDict:
     config.optimizer.eps = 1e-8
     config.optimizer.weight_decay = 0.05  # none on biases and norms
     config.optimizer.clip_norm = 1.0  # of the gradient over all parameters; 0: not clipped
+    config.optimizer.skip_nonfinite = 0  # updates of a run, left out where the loss is not finite
     config.optimizer.label_smoothing = 0.1
     config.optimizer.auxiliary_weight = 0.4  # segmentation: of UPerNet's auxiliary loss
     config.optimizer.ema_decay = 0.0  # moving average of the weights, a step; 0: none

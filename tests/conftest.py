@@ -20,6 +20,10 @@ ROOT = Path(__file__).parent.parent
 CLOCKED = ("train/images_per_second", "train/data_wait")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="tests/faults: in the numbers to count")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
     """One cache of compiled programs for all tests and their processes, so that each shape of

@@ -1,6 +1,7 @@
 """Checkpoints of small states on disk: what comes back, what is kept, what is refused."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ import numpy as np
 import optax
 import pytest
 
-from vvt_jax.checkpoint import Best, Checkpoints
+from vvt_jax.checkpoint import SUMS, Best, Checkpoints
 from vvt_jax.recipe.step import Totals, TrainState
 
 
@@ -31,12 +32,13 @@ def _state(step=0, *, seed=0, ema=True, width=8):
     _, opt_state = optimizer.update(params, optimizer.init(params), params)
     return TrainState(
         step=jnp.asarray(step, jnp.int32),
+        skipped=jnp.asarray(1, jnp.int32),
         seed=jnp.asarray(2**31 - 1, jnp.uint32),
         params=params,
         mutable={"batch_stats": {"mean": random(4)}} if seed else {},
         opt_state=opt_state,
         ema=jax.tree.map(lambda p: p / 3, params) if ema else None,
-        totals=Totals(random(), random(), jnp.asarray(3), jnp.asarray(2)),
+        totals=Totals(random(), random(), *map(jnp.asarray, (3, 2, 1, 2))),
     )
 
 
@@ -157,11 +159,6 @@ def test_a_half_written_checkpoint_is_ignored_and_removed(tmp_path):
     assert _kept(tmp_path) == [2, 3]
 
 
-def _version(folder):
-    path = folder / "bookkeeping" / "metadata"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 9}))
-
-
 def _arrays(folder):
     """The files of the large arrays, of which there are few."""
     paths = [p for p in folder.rglob("*") if p.is_file() and p.stat().st_size > 50_000]
@@ -184,57 +181,115 @@ def _missing(folder):
         path.unlink()
 
 
-def _flipped(folder):
-    path = _arrays(folder)[0]
+def _flip(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
 
-def _wrong_sum(folder):
-    path = folder / "bookkeeping" / "metadata"
-    book = json.loads(path.read_text())
-    path.write_text(json.dumps({**book, "checksum": book["checksum"] ^ 1}))
+def _flipped(folder):
+    _flip(_arrays(folder)[0])
+
+
+def _flipped_bookkeeping(folder):
+    _flip(folder / "bookkeeping" / "metadata")
+
+
+def _flipped_sums(folder):
+    _flip(folder / "state" / SUMS)
+
+
+def _emptied_sums(folder):
+    (folder / "state" / SUMS).write_bytes(b"")
+
+
+def _without_sums(folder):
+    (folder / "state" / SUMS).unlink()
 
 
 def _without_state(folder):
     shutil.rmtree(folder / "state")
 
 
+def _without_bookkeeping(folder):
+    shutil.rmtree(folder / "bookkeeping")
+
+
 _DAMAGES = {
-    _version: "has format version 9, but this program reads version 1.",
-    _truncated: "can't be read (",
-    _emptied: "can't be read (",
-    _missing: "can't be read (",
-    _flipped: "delete that folder to go on",  # by the sum, or already by the storage layer
-    _wrong_sum: "is damaged: it is not what was saved: delete that folder to go on",
-    _without_state: "can't be read (",
+    _truncated: "is not what was written)",
+    _emptied: "is not what was written)",
+    _missing: "is missing)",
+    _flipped: "is not what was written)",
+    _flipped_bookkeeping: "(bookkeeping/metadata is not what was written)",
+    _flipped_sums: "state/",
+    _emptied_sums: "(state/SHA256SUMS is empty)",
+    _without_sums: "(state/SHA256SUMS is missing)",
+    _without_state: "(state/SHA256SUMS is missing)",
+    _without_bookkeeping: "(bookkeeping/SHA256SUMS is missing)",
+}
+
+
+def _version(folder, version):
+    path = folder / "bookkeeping" / "metadata"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": version}))
+
+
+def _old_version(folder):
+    """Version 1 had no sums."""
+    _version(folder, 1)
+    for item in ("state", "bookkeeping"):
+        (folder / item / SUMS).unlink()
+
+
+def _new_version(folder):
+    _version(folder, 9)
+    digest = hashlib.sha256((folder / "bookkeeping" / "metadata").read_bytes()).hexdigest()
+    (folder / "bookkeeping" / SUMS).write_text(f"{digest}  metadata\n")
+
+
+def _all_damaged(folder):
+    for path in folder.parent.iterdir():
+        _flipped(path)
+
+
+_REFUSALS = {
+    _old_version: "has format version 1, but this program reads version 2.",
+    _new_version: "has format version 9, but this program reads version 2.",
+    _all_damaged: "and there is no sound one before it: use another workdir",
 }
 _RESTORE_EACH = """
     import json, sys
     from pathlib import Path
-    from tests.test_checkpoint import _restore, _state
-    from vvt_jax.checkpoint import CheckpointError
+    from tests.test_checkpoint import _abstract, _state
+    from vvt_jax.checkpoint import CheckpointError, Checkpoints
 
     told = {}
     for folder in Path(sys.argv[1]).iterdir():
-        try:
-            _restore(folder, _state(width=10_001 if folder.name == "other_model" else 10_000))
-        except CheckpointError as error:
-            told[folder.name] = str(error)
+        said = []
+        keep = None if folder.name.startswith("read") else 2
+        state = _state(width=10_001 if folder.name == "other_model" else 10_000)
+        with Checkpoints(folder, keep=keep, say=said.append) as checkpoints:
+            try:
+                step = int(checkpoints.restore(_abstract(state))[0].step)
+            except CheckpointError as error:
+                step = None
+                said.append(str(error))
+            told[folder.name] = said, step, checkpoints.latest_step()
     print(json.dumps(told))
 """
 
 
 @pytest.fixture(scope="module")
-def refused(tmp_path_factory):
-    """Folders with a damaged newest checkpoint, and what was told of each by a process that tried
-    to restore it: orbax's reads that fail go on to complain in the tests that come after."""
+def restored(tmp_path_factory):
+    """Folders whose newest checkpoint is damaged, and what a process that tried to restore from
+    each said, restored, and took for the latest then: orbax's reads that fail go on to complain in
+    the tests that come after."""
     root = tmp_path_factory.mktemp("damaged")
     _save(root / "other_model", 1, 2, width=10_000)
-    for damage in _DAMAGES:
+    for damage in (*_DAMAGES, *_REFUSALS):
         shutil.copytree(root / "other_model", root / damage.__name__)
         damage(root / damage.__name__ / "2")
+    shutil.copytree(root / "_flipped", root / "read_only")
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(_RESTORE_EACH), str(root)],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
@@ -246,18 +301,65 @@ def refused(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
-    [*((damage.__name__, words) for damage, words in _DAMAGES.items()), ("other_model", "(")],
+    ("damage", "words"), _DAMAGES.items(), ids=lambda d: getattr(d, "__name__", "")
 )
-def test_what_cannot_be_restored_is_refused_with_the_mend(refused, name, words):
-    root, told = refused
-    assert told[name].startswith(f"The checkpoint {root / name / '2'} ")
-    assert words in told[name]
-    assert "\n" not in told[name]
-    assert told[name].endswith(".")
-    if name not in ("_version", "other_model"):
-        shutil.rmtree(root / name / "2")
-        assert _restore(root / name, _state(width=10_000))[0].step == 1
+def test_a_damaged_newest_checkpoint_is_told_of_and_put_aside(restored, damage, words):
+    root, told = restored
+    (sentence,), step, latest = told[damage.__name__]
+    assert (step, latest) == (1, 1)
+    assert sentence.startswith(f"The checkpoint {root / damage.__name__ / '2'} is damaged (")
+    assert words in sentence
+    assert sentence.endswith("; it is now 2.damaged. Going on from the one of step 1.")
+    assert {p.name for p in (root / damage.__name__).iterdir()} == {"1", "2.damaged"}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        *((refusal.__name__, words) for refusal, words in _REFUSALS.items()),
+        (
+            "other_model",
+            "is of another model or optimizer: ema/blocks/kernel has shape (2, 10000, 3) there, "
+            "(2, 10001, 3) here;",
+        ),
+    ],
+)
+def test_what_cannot_be_gone_on_with_is_refused_and_left_alone(restored, name, words):
+    root, told = restored
+    (sentence,), step, latest = told[name]
+    assert (step, latest) == (None, 2)
+    assert sentence.startswith(f"The checkpoint {root / name / '2'} ")
+    assert words in sentence
+    assert "\n" not in sentence
+    assert sentence.endswith(".")
+    assert {p.name for p in (root / name).iterdir()} == {"1", "2"}
+
+
+def test_what_only_reads_puts_nothing_aside(restored):
+    root, told = restored
+    (sentence,), step, _ = told["read_only"]
+    assert step == 1
+    assert sentence.endswith("is not what was written). Going on from the one of step 1.")
+    assert {p.name for p in (root / "read_only").iterdir()} == {"1", "2"}
+
+
+def test_the_sums_are_those_of_sha256sum(tmp_path):
+    _save(tmp_path, 3)
+    for item in ("state", "bookkeeping"):
+        subprocess.run(
+            ["sha256sum", "--check", "--strict", SUMS],
+            cwd=tmp_path / "3" / item,
+            check=True,
+            capture_output=True,
+        )
+
+
+def test_what_was_put_aside_is_never_overwritten(tmp_path):
+    for _ in range(2):
+        _save(tmp_path, 1, 2)
+        _without_sums(tmp_path / "2")
+        assert _restore(tmp_path)[0].step == 1
+    assert {p.name for p in tmp_path.iterdir()} == {"1", "2.damaged", "2.damaged-2"}
 
 
 _SHARDED = """

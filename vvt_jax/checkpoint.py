@@ -4,16 +4,23 @@ A checkpoint holds the `TrainState` (parameters, the model's other collections, 
 averaged weights, totals, step) and the bookkeeping below. The data's position is not in it: batch i
 follows from the seed and i alone, so the step says where the data goes on.
 
-Orbax gives back arrays with a flipped bit without a word: the bookkeeping has a checksum of them.
+Orbax gives back arrays with a flipped bit without a word. So SHA-256 sums of a checkpoint's files
+lie beside them, and are verified before a restore. They are of files, not of arrays: another layout
+over devices or processes reads the same files, and the sums are made in the background, after the
+arrays left the devices. They are written before the folder gets its final name: none is without.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import (
     PolicyCheckpointInfo,
@@ -25,13 +32,19 @@ from vvt_jax import storage
 from vvt_jax.errors import UserError
 from vvt_jax.storage import AnyPath
 
-FORMAT_VERSION = 1
-_MEND = "delete that folder to go on from the one before it."
+FORMAT_VERSION = 2
+SUMS = "SHA256SUMS"  # `sha256sum --check SHA256SUMS` reads it
+_ITEMS = ("state", "bookkeeping")
+_CHUNK = 1 << 20  # bytes
 State = TypeVar("State")
 
 
 class CheckpointError(UserError):
-    """A checkpoint that can't be read."""
+    """A checkpoint that can't be read, or written."""
+
+
+class _DamagedError(Exception):
+    """A checkpoint whose files are not the ones that were written; says how."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,18 +75,25 @@ class Checkpoints:
     Args:
         folder: made if it is missing, unless it is only read.
         keep: how many of the newest are kept; None only reads.
+        say: takes the sentences about damaged checkpoints that were passed over.
     """
 
-    def __init__(self, folder: AnyPath, *, keep: int | None):
+    def __init__(self, folder: AnyPath, *, keep: int | None, say: Callable[[str], object] = print):
         self._kept = _NewestAndBest(keep or 0)
         check_folder(folder)
-        self._folder = storage.absolute(folder)
+        self._folder = epath.Path(storage.absolute(folder))
+        self._reads_only = keep is None
+        self._say = say
+        logging.getLogger("absl").addFilter(_without_traceback)
+        handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        state, bookkeeping = _SummedState(), _SummedBookkeeping()
+        for arguments in (ocp.args.StandardSave, ocp.args.StandardRestore):
+            handlers.add("state", arguments, state)
+        for arguments in (ocp.args.JsonSave, ocp.args.JsonRestore):
+            handlers.add("bookkeeping", arguments, bookkeeping)
         self._manager = _Manager(
             self._folder,
-            item_handlers={
-                "state": ocp.StandardCheckpointHandler(),
-                "bookkeeping": ocp.JsonCheckpointHandler(),
-            },
+            handler_registry=handlers,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=self._kept,
                 cleanup_tmp_directories=keep is not None,
@@ -85,66 +105,124 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._manager.close()  # waits for what is being written
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self._manager.close()  # waits for what is being written
+        except Exception as error:
+            if kind is None:  # else the block has already failed, maybe by the same
+                raise self._unwritten(error) from error
 
     def latest_step(self) -> int | None:
         """The step of the newest complete checkpoint, None where there is none."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, best: Best) -> None:
-        """Saves in the background; a step that is already there is left as it is."""
+        """Saves in the background; a step that is already there is left as it is.
+
+        Raises:
+            CheckpointError: this one, or the one before, can't be written.
+        """
         if step == self.latest_step():
             return
         self._kept.best_step = best.step
-        book = {
-            "format_version": FORMAT_VERSION,
-            "checksum": _checksum(state),
-            **dataclasses.asdict(best),
-        }
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                bookkeeping=ocp.args.JsonSave(book),
-            ),
-        )
+        book = {"format_version": FORMAT_VERSION, **dataclasses.asdict(best)}
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    bookkeeping=ocp.args.JsonSave(book),
+                ),
+            )
+        except Exception as error:  # of this one, or of the one before, in the background
+            raise self._unwritten(error) from error
 
     def restore(self, abstract_state: State) -> tuple[State, Best]:
-        """The newest checkpoint.
+        """The newest checkpoint that is sound.
+
+        Damaged ones are passed over, which is said, and, unless this only reads, they are renamed
+        to `STEP.damaged`, so that none of them is taken for the latest later.
 
         Args:
             abstract_state: shapes, dtypes and shardings of the state to return.
 
         Raises:
-            CheckpointError: it is damaged, of another format version, or of another model.
+            CheckpointError: all are damaged, or it is of another format version or another model.
         """
-        state, best = self._read(abstract_state)
+        state, best = self._read(self._newest_sound_step(), abstract_state)
         # Arrays of orbax's own making may share memory with what it read: the step donates them.
         return jax.tree.map(lambda x: x.copy(), state), best
 
     def restore_variables(self) -> dict[str, Any]:
-        """What `model.apply` takes, of the newest checkpoint: the averaged weights, if it has some,
-        else the parameters, and the model's other collections; on the first device.
+        """What `model.apply` takes, of the newest sound checkpoint: the averaged weights, if it has
+        some, else the parameters, and the model's other collections; on the first device.
 
         Raises:
             CheckpointError: as `restore`.
         """
-        step = self.latest_step()
+        step = self._newest_sound_step()
         layout = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        try:
-            saved = self._manager.item_metadata(step)["state"]
-            abstract = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), saved.tree
-            )
-        except Exception as error:  # as in `restore`
-            raise self._unreadable(error) from error
-        state, _ = self._read(abstract)
+        saved = self._saved_tree(step)
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), saved
+        )
+        state, _ = self._read(step, abstract)
         return {"params": state.get("ema") or state["params"], **(state.get("mutable") or {})}
 
-    def _read(self, abstract_state: Any) -> tuple[Any, Best]:
-        step = self.latest_step()
+    def _newest_sound_step(self) -> int:
+        """As the first process finds: all have to restore the same one."""
+        step, error = 0, None
+        if jax.process_index() == 0:
+            try:
+                step = self._pass_over_damaged()
+            except CheckpointError as found:
+                step, error = -1, found
+        step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+        if step < 0:
+            raise error or CheckpointError(
+                f"The first process can't read the checkpoints in {self._folder}: see what it says."
+            )
+        self._manager.reload()  # folders may have been renamed
+        return step
+
+    def _pass_over_damaged(self) -> int:
+        damaged: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                self._verify(step)
+            except _DamagedError as error:
+                damaged[step] = str(error)
+                continue
+            for bad, how in damaged.items():  # only now that there is one to go on from
+                aside = "" if self._reads_only else f"; it is now {self._put_aside(bad)}"
+                self._say(
+                    f"The checkpoint {self._folder / str(bad)} is damaged ({how}){aside}. "
+                    f"Going on from the one of step {step}."
+                )
+            return step
+        newest, how = next(iter(damaged.items()))
+        raise CheckpointError(
+            f"The checkpoint {self._folder / str(newest)} is damaged ({how}), and there is no "
+            "sound one before it: use another workdir, or start anew by deleting that folder."
+        )
+
+    def _verify(self, step: int) -> None:
         folder = self._folder / str(step)
+        if not any((folder / item / SUMS).exists() for item in _ITEMS):
+            self._check_version(step, _read_version(folder))
+        for item in _ITEMS:
+            _verify_sums(folder / item)
+
+    def _put_aside(self, step: int) -> str:
+        folder = self._folder / str(step)
+        aside, number = self._folder / f"{step}.damaged", 1
+        while aside.exists():
+            number += 1
+            aside = self._folder / f"{step}.damaged-{number}"
+        folder.rename(aside)
+        return aside.name
+
+    def _read(self, step: int, abstract_state: Any) -> tuple[Any, Best]:
         try:
             found = self._manager.restore(
                 step,
@@ -154,25 +232,43 @@ class Checkpoints:
                 ),
             )
         except Exception as error:  # orbax raises whatever its storage layers do
-            raise self._unreadable(error) from error
+            other = _first_difference(self._saved_tree(step), abstract_state)
+            raise self._unreadable(step, error, other) from error
         book = dict(found["bookkeeping"])
-        version = book.pop("format_version", None)
-        if version != FORMAT_VERSION:
-            raise CheckpointError(
-                f"The checkpoint {folder} has format version {version}, "
-                f"but this program reads version {FORMAT_VERSION}."
-            )
-        if book.pop("checksum", None) != _checksum(found["state"]):
-            raise CheckpointError(
-                f"The checkpoint {folder} is damaged: it is not what was saved: {_MEND}"
-            )
+        self._check_version(step, book.pop("format_version", None))
         return found["state"], Best(**book)
 
-    def _unreadable(self, error: Exception) -> CheckpointError:
-        folder = self._folder / str(self.latest_step())
-        reason = str(error).strip().partition("\n")[0][:200]
+    def _saved_tree(self, step: int) -> Any:
+        try:
+            return self._manager.item_metadata(step)["state"].tree
+        except Exception as error:  # as in `_read`
+            raise self._unreadable(step, error) from error
+
+    def _check_version(self, step: int, version: object) -> None:
+        if version not in (None, FORMAT_VERSION):
+            raise CheckpointError(
+                f"The checkpoint {self._folder / str(step)} has format version {version}, "
+                f"but this program reads version {FORMAT_VERSION}."
+            )
+
+    def _unreadable(
+        self, step: int, error: Exception, difference: str | None = None
+    ) -> CheckpointError:
+        folder = self._folder / str(step)
+        if difference:
+            return CheckpointError(
+                f"The checkpoint {folder} is of another model or optimizer: {difference}; use "
+                "another workdir, or the config that it was made with."
+            )
         return CheckpointError(
-            f"The checkpoint {folder} can't be read ({type(error).__name__}: {reason}): {_MEND}"
+            f"The checkpoint {folder} can't be read ({_describe(error)}), though its files are as "
+            "they were written."
+        )
+
+    def _unwritten(self, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"A checkpoint can't be written into {self._folder} ({_describe(error)}): those that "
+            "are complete stay as they are; with room on the disk, the same command goes on."
         )
 
 
@@ -201,18 +297,87 @@ class _NewestAndBest(PreservationPolicy):
         return [i >= first or found.step == self.best_step for i, found in enumerate(checkpoints)]
 
 
-def _checksum(state: Any) -> int:
-    """The sum of all arrays, read as whole numbers of 32 bits: the same however they are laid out
-    on the devices."""
-    total = 0
-    for leaf in jax.tree.leaves(state):
-        for shard in leaf.addressable_shards:
-            if shard.replica_id == 0:
-                data = np.ascontiguousarray(shard.data).reshape(-1)
-                words = data.view(np.uint8 if data.nbytes % 4 else np.uint32)
-                total += int(words.sum(dtype=np.uint64))
-    total %= 2**32
-    if jax.process_count() > 1:
-        every = multihost_utils.process_allgather(np.uint32(total))
-        total = int(every.sum(dtype=np.uint64)) % 2**32
-    return total
+class _SummedState(ocp.StandardCheckpointHandler):
+    def finalize(self, directory: epath.Path) -> None:
+        """Called in the first process, when all have written, before the folder is renamed."""
+        super().finalize(directory)
+        _write_sums(directory)
+
+
+class _SummedBookkeeping(ocp.JsonCheckpointHandler):
+    def finalize(self, directory: epath.Path) -> None:
+        super().finalize(directory)
+        _write_sums(directory)
+
+
+def _write_sums(folder: epath.Path) -> None:
+    """Lists all files of the folder; what orbax adds later is only a mark that it is complete."""
+    sums = {path.relative_to(folder).as_posix(): _sum(path) for path in _files(folder)}
+    (folder / SUMS).write_text("".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
+
+
+def _verify_sums(folder: epath.Path) -> None:
+    try:
+        lines = (folder / SUMS).read_bytes().decode(errors="replace").splitlines()
+    except OSError as error:
+        raise _DamagedError(f"{folder.name}/{SUMS} is missing") from error
+    if not lines:
+        raise _DamagedError(f"{folder.name}/{SUMS} is empty")
+    for line in lines:
+        expected, _, name = line.partition("  ")
+        try:
+            found = _sum(folder / name)
+        except (OSError, ValueError) as error:  # the latter of a name that can be none
+            raise _DamagedError(f"{folder.name}/{name} is missing") from error
+        if found != expected:
+            raise _DamagedError(f"{folder.name}/{name} is not what was written")
+
+
+def _sum(path: epath.Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _files(path)
+        else:
+            yield path
+
+
+def _read_version(folder: epath.Path) -> object:
+    """The format version of a checkpoint that may be of another one, None if it has none."""
+    try:
+        return json.loads((folder / "bookkeeping" / "metadata").read_text())["format_version"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _first_difference(saved: Any, wanted: Any) -> str | None:
+    """The first array of two trees that is not in both with one shape."""
+
+    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(p, simple=True, separator="/"): x.shape for p, x in leaves}
+
+    there, here = shapes(saved), shapes(wanted)
+    for name in there | here:
+        if there.get(name) != here.get(name):
+            return (
+                f"{name} has shape {there.get(name, 'none')} there, {here.get(name, 'none')} here"
+            )
+    return None
+
+
+def _describe(error: Exception) -> str:
+    reason = str(error).strip().partition("\n")[0][:200]
+    return f"{type(error).__name__}: {reason}"
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """What orbax logs of a failed save: it is raised too, and told in a sentence."""
+    return not (record.exc_info and "orbax" in record.pathname)

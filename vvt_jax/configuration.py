@@ -82,6 +82,7 @@ def check_values(config: ConfigDict) -> None:
         "optimizer.clip_norm",
         "optimizer.learning_rate_batch",
         "optimizer.auxiliary_weight",
+        "optimizer.skip_nonfinite",
         "data.workers",
         "data.threads",
         "data.broken_limit",

@@ -1,5 +1,30 @@
 """What a user can mend: commands print it as one sentence and exit with status 1."""
 
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
 
 class UserError(ValueError):
     """Bad input. The message is one sentence that names the thing and the mend."""
+
+
+@contextlib.contextmanager
+def telling_of_full_disks(folder: str | os.PathLike) -> Iterator[None]:
+    """Says which file of a run has no room on its disk.
+
+    Args:
+        folder: of the run, named where the system does not name the file.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise UserError(
+            f"{error.filename or folder} can't be written ({error.strerror}): checkpoints that are "
+            "complete stay as they are; with room on the disk, the same command goes on from there."
+        ) from error

@@ -68,7 +68,7 @@ class Reporter:
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(name, value, step)
             self._tensorboard.flush()
-        if "train/loss" in metrics:
+        if "train/loss" in metrics:  # there was an update
             self._bar.set_postfix_str(
                 f"loss {metrics['train/loss']:.3f}, lr {metrics['train/learning_rate']:.2e}, "
                 f"{metrics['train/images_per_second']:.0f} images/s",

@@ -22,9 +22,10 @@ from vvt_jax.configuration import ConfigError
 from vvt_jax.data import imagenet_sets
 from vvt_jax.data.loader import BrokenImages, train_batches
 from vvt_jax.data.sources import Source, open_source
-from vvt_jax.errors import UserError
+from vvt_jax.errors import UserError, telling_of_full_disks
 from vvt_jax.finetune import initial_variables
 from vvt_jax.interruption import Interrupted, Interruption
+from vvt_jax.lock import WorkdirLock
 from vvt_jax.models import unstack_blocks
 from vvt_jax.pretrained import save_pretrained
 from vvt_jax.recipe import mixing
@@ -72,20 +73,25 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
     may_write = config.mode == "train" or workdir.exists()
     sources = _open_sources(config.data, workdir / "offsets" if may_write else None)
     run = _Run(config, sources)
-    configuration.settle(config, workdir, write=hosts.is_first())
     if config.mode == "eval":
+        configuration.settle(config, workdir)
         return _evaluate_only(run, config, workdir)
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(telling_of_full_disks(workdir))
+        if hosts.is_first():
+            stack.enter_context(WorkdirLock(workdir))
+        configuration.settle(config, workdir, write=hosts.is_first())
         interruption = stack.enter_context(Interruption())
-        checkpoints = stack.enter_context(
-            Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
-        )
         told: list[str] = []
+        checkpoints = stack.enter_context(
+            Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints, say=told.append)
+        )
         if checkpoints.latest_step() is None:
             state, best = run.init_state(), Best()
             if config.init_from:
-                state, told = run.start_from(config.init_from, state)
+                state, lines = run.start_from(config.init_from, state)
+                told += lines
         else:
             state, best = checkpoints.restore(run.abstract_state)
         step = int(state.step)
@@ -254,6 +260,7 @@ class _Run:
             ema_decay=config.optimizer.ema_decay,
             accumulate=config.optimizer.accumulate,
             freeze=config.optimizer.freeze,
+            skip_nonfinite=config.optimizer.skip_nonfinite,
         )
 
     def describe(self) -> str:
@@ -397,10 +404,17 @@ class _Run:
         steps = int(totals.steps)
         seconds, waiting = stopwatch.read()
         rate = steps * self._config.batch_size / seconds
-        metrics = {
-            "train/loss": float(totals.loss) / steps,
-            "train/grad_norm": float(totals.grad_norm) / steps,
-            "train/learning_rate": float(self._schedule(step - 1)),
+        skipped, updates = int(totals.skipped), int(totals.updates)
+        metrics = {}
+        if updates:
+            metrics = {
+                "train/loss": float(totals.loss) / updates,
+                "train/grad_norm": float(totals.grad_norm) / updates,
+            }
+        if self._config.optimizer.skip_nonfinite:
+            metrics["train/skipped"] = skipped
+        metrics |= {
+            "train/learning_rate": float(self._schedule(step - skipped - 1)),
             "train/images_per_second": rate,
             "train/data_wait": waiting / seconds,
         }

@@ -245,6 +245,41 @@ def test_a_bad_gradient_of_a_finite_loss_is_noticed():
     assert state.totals.bad_step == 1
 
 
+def _outlier():
+    """A batch that no update can be made by."""
+    return {**_batch(), "image": jnp.full((6, 2, 2, 3), jnp.nan)}
+
+
+def test_steps_that_are_not_finite_are_skipped_up_to_the_limit():
+    options = {"ema_decay": 0.5, "optimizer": optax.adamw(0.1)}
+    plain, clean = _make(Noisy(), **options)
+    skipping, state = _make(Noisy(), skip_nonfinite=2, **options)
+    for seed, batch in enumerate([_batch(0), _outlier(), _batch(2), _outlier()]):
+        before, state = state, skipping(state, batch)
+        if seed % 2:
+            for name in ("params", "mutable", "opt_state", "ema"):
+                chex.assert_trees_all_equal(getattr(state, name), getattr(before, name))
+        else:
+            clean = dataclasses.replace(clean, step=jnp.asarray(seed, jnp.int32))
+            clean = plain(clean, batch)
+            chex.assert_trees_all_equal(state.params, clean.params)
+            chex.assert_trees_all_equal(state.opt_state, clean.opt_state)
+    assert (state.step, state.skipped) == (4, 2)
+    totals = state.totals
+    assert (totals.steps, totals.updates, totals.skipped, totals.bad_step) == (4, 2, 2, 0)
+    np.testing.assert_array_equal(totals.loss, clean.totals.loss)
+    np.testing.assert_array_equal(totals.grad_norm, clean.totals.grad_norm)
+    state = skipping(state, _outlier())  # one too many
+    assert (state.step, state.skipped, state.totals.bad_step) == (5, 2, 5)
+
+
+def test_a_bad_gradient_of_a_finite_loss_is_skipped():
+    step, state = _make(Cornered(), skip_nonfinite=1)
+    new = step(state, _batch())
+    chex.assert_trees_all_equal(new.params, state.params)
+    assert (new.skipped, new.totals.bad_step) == (1, 0)
+
+
 @pytest.mark.parametrize("model", [Plain(), Noisy()], ids=["plain", "noisy"])
 def test_takes_the_memory_of_the_old_state_over(model):
     step, state = _make(model, ema_decay=0.9, optimizer=optax.adamw(1e-3))

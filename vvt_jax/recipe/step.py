@@ -20,19 +20,24 @@ class Totals:
 
     loss: jax.Array
     grad_norm: jax.Array
-    steps: jax.Array  # how many steps were added up
-    bad_step: jax.Array  # the first step whose loss or gradient was not finite, 0 for none
+    steps: jax.Array  # since then
+    updates: jax.Array  # of these, those that were not skipped: loss and norm are their sums
+    skipped: jax.Array  # the state's, at the last of the steps
+    bad_step: jax.Array  # the first step that was not finite and not skipped, 0 for none
 
     @classmethod
     def zeros(cls) -> "Totals":
-        return cls(jnp.zeros(()), jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+        return cls(
+            *(jnp.zeros(()) for _ in range(2)), *(jnp.zeros((), jnp.int32) for _ in range(4))
+        )
 
 
 @flax.struct.dataclass
 class TrainState:
     """All that a run carries from step to step, and all that a checkpoint holds of it."""
 
-    step: jax.Array  # updates done
+    step: jax.Array  # batches gone through
+    skipped: jax.Array  # of these, those without an update, their loss or gradient not finite
     seed: jax.Array  # what is random in a step follows from seed and step alone
     params: Any
     mutable: Any  # the model's other collections, e.g. batch statistics
@@ -59,6 +64,7 @@ def init_state(
     params = mutable.pop("params")
     return TrainState(
         step=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
         seed=jnp.asarray(seed, jnp.uint32),
         params=params,
         mutable=mutable,
@@ -77,6 +83,7 @@ def make_train_step(
     ema_decay: float = 0.0,
     accumulate: int = 1,
     freeze: Sequence[str] = (),
+    skip_nonfinite: int = 0,
 ) -> Callable[[TrainState, Mapping[str, jax.Array]], TrainState]:
     """The update by one batch, a pure function for `jax.jit`.
 
@@ -91,6 +98,8 @@ def make_train_step(
         accumulate: the batch goes through the model in so many parts, one after the other: the
             same update as in one, to rounding, for models without dropout, in less memory.
         freeze: parameters that get no gradient, see `optimizer.frozen`.
+        skip_nonfinite: so many steps of a run whose loss or gradient is not finite leave all but
+            `step`, `skipped` and `totals` as it was.
     """
 
     def train_step(state: TrainState, batch: Mapping[str, jax.Array]) -> TrainState:
@@ -135,17 +144,30 @@ def make_train_step(
         grad_norm = optax.tree.norm(gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema is not None:
+            ema = optax.incremental_update(params, ema, 1 - ema_decay)
         finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
+        skip, skipped = jnp.zeros((), bool), state.skipped
+        if skip_nonfinite:  # else the selections would cost, and never select
+            skip = ~finite & (skipped < skip_nonfinite)
+            skipped = skipped + skip
+            value, grad_norm = (jnp.where(skip, 0.0, x) for x in (value, grad_norm))
+            params, mutable, opt_state, ema = jax.tree.map(
+                lambda new, old: jnp.where(skip, old, new),
+                (params, mutable, opt_state, ema),
+                (state.params, state.mutable, state.opt_state, state.ema),
+            )
+        bad = state.totals.bad_step
         totals = Totals(
             loss=state.totals.loss + value,
             grad_norm=state.totals.grad_norm + grad_norm,
             steps=state.totals.steps + 1,
-            bad_step=jnp.where(finite | (state.totals.bad_step > 0), state.totals.bad_step, step),
+            updates=state.totals.updates + ~skip,
+            skipped=skipped,
+            bad_step=jnp.where(finite | skip | (bad > 0), bad, step),
         )
-        ema = state.ema
-        if ema is not None:
-            ema = optax.incremental_update(params, ema, 1 - ema_decay)
-        return TrainState(step, state.seed, params, mutable, opt_state, ema, totals)
+        return TrainState(step, skipped, state.seed, params, mutable, opt_state, ema, totals)
 
     return train_step
 

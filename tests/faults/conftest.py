@@ -1,0 +1,75 @@
+"""What the tests of faults share: pictures, a run that nothing disturbs, and the counts."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.faults.harness import ROOT, STEPS, Faulty, lines, saved_state
+
+RESULTS = ROOT / "experiments" / "faults" / "results.json"
+
+
+@pytest.fixture(scope="session")
+def full(request):
+    return request.config.getoption("--full")
+
+
+@pytest.fixture(scope="session")
+def results(full):
+    """What was counted, by the name of the fault; the full form leaves it in `RESULTS`."""
+    counted: dict[str, dict] = {}
+    yield counted
+    if full:
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        RESULTS.write_text(json.dumps(counted, indent=2, sort_keys=True) + "\n")
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """A folder of small pictures in two classes; every twentieth to train on has blue in it."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 80), ("validation", 8)):
+        for index in range(count):
+            folder = root / split / ("bright" if index % 2 else "dark")
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = rng.integers(128, size=(16, 16, 3), dtype=np.uint8) + 127 * (index % 2)
+            pixels = pixels.astype(np.uint8)
+            pixels[..., 2] = 255 if split == "train" and index % 20 == 7 else 0
+            Image.fromarray(pixels).save(folder / f"{index:03d}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def faulty(images, compilation_cache):
+    return Faulty(images, compilation_cache)
+
+
+@pytest.fixture(scope="session")
+def straight(faulty, tmp_path_factory):
+    """A run that nothing disturbs."""
+    workdir = tmp_path_factory.mktemp("straight")
+    done = faulty(workdir)
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in lines(workdir)] == list(range(1, STEPS + 1))
+    assert 0 < lines(workdir)[-1]["train/skipped"] < STEPS / 2
+    return workdir
+
+
+@pytest.fixture(scope="session")
+def assert_as_straight(straight, read_metrics):
+    """That a run ended as the one that nothing disturbed, to the bit."""
+    expected = saved_state(straight)
+
+    def check(workdir) -> None:
+        found = read_metrics(workdir)
+        assert [line["step"] for line in found] == list(range(1, STEPS + 1))
+        assert found == read_metrics(straight)
+        jax.tree.map(np.testing.assert_array_equal, saved_state(workdir), expected)
+        for name in ("config.json", "model/config.json", "model/model.safetensors"):
+            assert (workdir / name).read_bytes() == (straight / name).read_bytes()
+
+    return check
