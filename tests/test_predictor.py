@@ -214,6 +214,8 @@ def test_names_of_classes(loaded):
         Predictor((model, variables, card), class_names=["a", "b"])
     with pytest.raises(ValueError, match="batch_size"):
         Predictor((model, variables, card), batch_size=0)
+    with pytest.raises(ValueError, match="leave them out"):
+        Predictor((model, variables, card), dtype="bfloat16")
 
 
 def test_a_model_without_a_classifier_gives_features_only(loaded):

@@ -75,7 +75,8 @@ class Predictor:
     Raises:
         UserError: weights that can't be loaded, or a card without (or with unusable) preprocessing
             or class names.
-        ValueError: a field that the model does not have, or a batch size below 1.
+        ValueError: a field that the model does not have, or any for a loaded model, or a batch size
+            below 1.
     """
 
     def __init__(
@@ -90,6 +91,8 @@ class Predictor:
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be 1 or more, not {batch_size}.")
         if isinstance(source, tuple):
+            if name is not None or fields:
+                raise ValueError("A loaded model has its name and fields: leave them out.")
             self.model, variables, self.card = source
         else:
             self.model, variables, self.card = pretrained.load_pretrained(source, name, **fields)
