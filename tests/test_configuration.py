@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs import common, digits, imagenet
+from configs import ade20k, common, digits, imagenet
 from vvt_jax.configuration import ConfigError, check_values, in_steps, settle, unknown_field
 from vvt_jax.data.augment import check_augment
-from vvt_jax.models import create_model, list_models
+from vvt_jax.models import create, list_models
 from vvt_jax.recipe.mixing import check_mixing
 from vvt_jax.recipe.optimizer import make_optimizer, make_schedule
 
@@ -97,9 +97,11 @@ def test_a_duration_is_the_first_that_is_given(given, steps):
 
 CONFIGS = {
     "cifar100": [""],
+    "ade20k": [f"{name},{head}" for name in list_models()[2:] for head in ("fpn", "upernet")],
     "digits": [""],
     "fashion_mnist": [""],
     "folder": ["", "vvt_small"],
+    "folder_segmentation": ["", "vvt_small,upernet"],
     "imagenet": [f"{name}{size}" for name in list_models()[1:] for size in ("", ",384")],
 }
 
@@ -118,7 +120,7 @@ def test_every_config_describes_a_run(name, arg):
     check_augment(config.augment)
     check_mixing(config.augment)
     fields = {k: v for k, v in config.model.items() if v is not None}
-    model = create_model(fields.pop("name"), **{**fields, "num_classes": 10})
+    model = create(**{**fields, "num_classes": 10})
     assert model.depths[0]
     schedule = make_schedule(config.optimizer, 100, 10, config.batch_size)
     assert make_optimizer(config.optimizer, schedule)
@@ -332,3 +334,20 @@ def test_unknown_field(action, argv, sentence):
 def test_unknown_field_passes_another_error_on():
     told = unknown_field(AttributeError("no such thing"), ["main"])
     assert told == "The config can't be read: no such thing."
+
+
+def test_segmentation_follows_the_cited_recipes():
+    fpn, upernet = (ade20k.get_config(f"vvt_small,{head}") for head in ("fpn", "upernet"))
+    schedule = make_schedule(fpn.optimizer, 80_000, 0, fpn.batch_size)
+    for step in (0, 40_000, 79_999):
+        np.testing.assert_allclose(schedule(step), 1e-4 * (1 - step / 80_000) ** 0.9, rtol=1e-3)
+    schedule = make_schedule(upernet.optimizer, 160_000, 1500, upernet.batch_size)
+    for step, warm in {0: 0.0, 750: 0.5, 1500: 1.0, 80_000: 1.0}.items():
+        np.testing.assert_allclose(
+            schedule(step), warm * 6e-5 * (1 - step / 160_000), rtol=1e-5, atol=1e-12
+        )
+    assert (fpn.optimizer.weight_decay, upernet.optimizer.weight_decay) == (1e-4, 0.01)
+    assert (fpn.total_steps, upernet.total_steps) == (80_000, 160_000)
+    assert upernet.model.drop_path_rate == 0.3
+    with pytest.raises(ValueError, match="after the colon stands"):
+        ade20k.get_config("vvt_small,unet")

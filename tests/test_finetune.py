@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from vvt_jax import create_model, save_pretrained
+from vvt_jax import create_model, create_segmenter, forms, save_pretrained
 from vvt_jax.checkpoint import Best, CheckpointError, Checkpoints
 from vvt_jax.finetune import initial_variables
 from vvt_jax.recipe.optimizer import make_optimizer
@@ -124,3 +124,22 @@ def test_a_damaged_run_is_refused(tmp_path, variables):
     with pytest.raises(WeightsError, match=r"config.json is not a run's: 'model'"):
         initial_variables(tmp_path, _model(), variables[1], _NAMES)
     np.testing.assert_equal(len(list((tmp_path / "checkpoints").iterdir())), 1)
+
+
+def test_a_segmenter_takes_a_classifiers_backbone_and_says_so(folder, variables):
+    model = create_segmenter("vvt_nano", num_classes=10, head_channels=8)
+    options = forms.compiler_options("init")
+    fresh = jax.device_get(
+        jax.jit(model.init, compiler_options=options)(jax.random.key(2), smallest_image())
+    )
+    taken, told = initial_variables(folder, model, fresh, _NAMES)
+    for name, part in taken["params"].items():
+        given = variables[0] if name.startswith("stage") else fresh
+        chex.assert_trees_all_equal(part, given["params"][name])
+    chex.assert_trees_all_equal(taken["batch_stats"], fresh["batch_stats"])
+    assert told[1] == (
+        "Only the backbone is taken: those weights are a classifier's, and this is a segmenter "
+        "(fpn)."
+    )
+    with pytest.raises(WeightsError, match="holds a classifier, and this config measures a segm"):
+        initial_variables(folder, model, fresh, _NAMES, keep_head=True)

@@ -1,6 +1,11 @@
 """The segmenters: their parts against plain forms, the contract of their outputs, printed costs."""
 
 import functools
+import json
+import os
+import subprocess
+import sys
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -140,3 +145,83 @@ def test_fields_that_do_not_fit_are_refused(fields, told):
 def test_an_unknown_backbone_is_refused_with_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'vvt_small'"):
         create_segmenter("vvt_smal")
+
+
+_STATISTICS = """
+    import json, jax, numpy as np
+    from vvt_jax import parallel
+    from vvt_jax.models.segmentation import ConvNormRelu
+
+    layer = ConvNormRelu(4, 3, dtype="float32")
+    x = np.random.default_rng(0).normal(size=(8, 16, 4, 3)).astype(np.float32)
+    x += np.arange(8)[:, None, None, None]  # no device's own statistics are those of all
+    variables = jax.jit(lambda: layer.init(jax.random.key(0), x, train=True))()
+
+    def run(data, spatial):
+        mesh = parallel.make_mesh({"data": data, "fsdp": 1, "spatial": spatial}, 8,
+                                  devices=jax.devices()[: data * spatial])
+        (batch,) = parallel.to_devices([{"image": x}], mesh)
+        step = jax.jit(lambda v, x: layer.apply(v, x, train=True, mutable=["batch_stats"]))
+        out, changed = step(variables, batch["image"])
+        return [np.asarray(leaf) for leaf in jax.tree.leaves((out, changed))]
+
+    one = run(1, 1)
+    told = {
+        str(sizes): max(float(np.abs(a - b).max()) for a, b in zip(one, run(*sizes), strict=True))
+        for sizes in ((8, 1), (4, 2))
+    }
+    print(json.dumps({"devices": jax.device_count(), "differ": told}))
+"""
+
+
+def test_batch_norm_is_that_of_the_whole_batch_on_eight_devices():
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(_STATISTICS)],
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["devices"] == 8
+    assert max(told["differ"].values()) < 1e-5, told
+
+
+_SPATIAL = """
+    import json, jax, jax.numpy as jnp, numpy as np
+    from vvt_jax import create_segmenter, parallel
+
+    told = {}
+    for head in ("fpn", "upernet"):
+        model = create_segmenter(
+            "vvt_nano", head=head, head_channels=8, num_classes=5, embed_dims=(8, 8, 8, 8),
+            num_heads=(1, 1, 1, 1),
+        )
+        options = {"xla_backend_optimization_level": 0}
+        init = jax.jit(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))),
+                       compiler_options=options)
+        variables = jax.device_get(init())
+        x = np.random.default_rng(0).normal(size=(1, 256, 64, 3)).astype(np.float32)
+        outs = []
+        for devices in (1, 4):
+            mesh = parallel.make_mesh({"data": 1, "fsdp": 1, "spatial": devices}, 1, height=256,
+                                      devices=jax.devices()[:devices])
+            (batch,) = parallel.to_devices([{"image": x}], mesh)
+            apply = jax.jit(model.apply, compiler_options=options)
+            outs.append(np.asarray(apply(variables, batch["image"])))
+        told[head] = [float(np.abs(outs[0] - outs[1]).max()), float(outs[0].std())]
+    print(json.dumps(told))
+"""
+
+
+@pytest.mark.slow
+def test_devices_that_share_an_images_rows_give_the_same_logits():
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(_SPATIAL)],
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    for head, (differ, spread) in json.loads(done.stdout).items():
+        assert differ < 1e-4 * spread, head

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vvt_jax.recipe.losses import cross_entropy
+from vvt_jax.recipe.losses import cross_entropy, pixel_cross_entropy
 
 
 def _reference(logits, labels, smoothing):
@@ -48,3 +48,14 @@ def test_gradient_is_softmax_minus_target():
     gradient = jax.grad(lambda x: cross_entropy(x, jnp.asarray([1]), 0.3).sum())(logits)
     target = np.array([[0.1, 0.8, 0.1]])
     np.testing.assert_allclose(gradient, jax.nn.softmax(logits) - target, rtol=1e-5, atol=1e-7)
+
+
+def test_ignored_pixels_add_nothing_and_count_in_the_mean():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(2, 3, 4, 5)).astype(np.float32)
+    labels = rng.choice([0, 2, 4, 255], (2, 3, 4)).astype(np.uint8)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    total = sum(log_p[(*at, labels[at])] for at in np.ndindex(2, 3, 4) if labels[at] != 255)
+    np.testing.assert_allclose(pixel_cross_entropy(logits, labels, 255), -total / 24, rtol=1e-5)
+    logits[labels == 255] = np.inf
+    assert np.isfinite(pixel_cross_entropy(logits, labels, 255))

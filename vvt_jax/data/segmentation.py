@@ -143,23 +143,22 @@ def check_augment(augment: Mapping[str, Any]) -> None:
             )
 
 
-def whole_size(height: int, width: int, short_side: int, scale: float = 1.0) -> tuple[int, int]:
+def whole_size(height: int, width: int, short_side: int) -> tuple[int, int]:
     """(height, width) of the model's input for a whole image, in multiples of `MULTIPLE`.
 
-    The short side becomes `short_side` times `scale`; proportions are kept to the rounding. Images
+    The short side becomes `short_side`; proportions are kept to the rounding. Images
     longer than four times their short side are shrunk to that length.
 
     Args:
         height, width: of the image, pixels.
         short_side: pixels.
-        scale: of one of several sizes that are looked at.
     """
     ratio = min(short_side / min(height, width), _LONGEST * short_side / max(height, width))
+    return _whole(height * ratio), _whole(width * ratio)
 
-    def side(length: int) -> int:
-        return MULTIPLE * max(1, math.floor(length * ratio * scale / MULTIPLE + 0.5))
 
-    return side(height), side(width)
+def _whole(length: float) -> int:
+    return MULTIPLE * max(1, math.floor(length / MULTIPLE + 0.5))
 
 
 def view_names(scales: Sequence[float]) -> list[str]:
@@ -178,10 +177,12 @@ def whole_views(
         inference: `short_side` and `scales`, see `vvt_jax.segment`.
     """
     rgb = preprocess.to_rgb(image)
+    height, width = whole_size(rgb.height, rgb.width, inference["short_side"])
     views = {}
     for name, scale in zip(view_names(inference["scales"]), inference["scales"], strict=True):
-        height, width = whole_size(rgb.height, rgb.width, inference["short_side"], scale)
-        resized = rgb.resize((width, height), preprocess.resampling(record["interpolation"]))
+        # Of the rounded size: images of one size have all views in common sizes
+        size = (_whole(width * scale), _whole(height * scale))
+        resized = rgb.resize(size, preprocess.resampling(record["interpolation"]))
         views[name] = np.asarray(resized)
     return views
 

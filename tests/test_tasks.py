@@ -1,0 +1,149 @@
+"""Segmentation through the trainer: a small run on real files, and what is refused."""
+
+import csv
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from configs import digits, folder_segmentation
+from vvt_jax.checkpoint import Checkpoints
+from vvt_jax.configuration import ConfigError
+from vvt_jax.data.show import training_batch
+from vvt_jax.data.sources import open_source
+from vvt_jax.pretrained import load_pretrained
+from vvt_jax.segment import segment_image
+from vvt_jax.train import train_and_evaluate
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """Images of growing sizes: a red or green square on noise, and an ignored border."""
+    root = tmp_path_factory.mktemp("scenes")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 5)):
+        for part in ("images", "masks"):
+            (root / split / part).mkdir(parents=True)
+        for i in range(count):
+            image = rng.integers(0, 60, (34 + i % 3, 40 + i, 3), dtype=np.uint8)
+            mask = np.zeros(image.shape[:2], np.uint8)
+            mask[:2] = 255
+            top, left = (int(rng.integers(2, side - 16)) for side in mask.shape)
+            kind = 1 + i % 2
+            mask[top : top + 16, left : left + 16] = kind
+            image[top : top + 16, left : left + 16, kind - 1] += 150
+            PIL.Image.fromarray(image).save(root / split / "images" / f"{i}.png")
+            PIL.Image.fromarray(mask).save(root / split / "masks" / f"{i}.png")
+    (root / "classes.txt").write_text("noise\nred\ngreen\n")
+    return root
+
+
+@pytest.fixture
+def config(scenes, compilation_cache):
+    config = folder_segmentation.get_config("vvt_nano,upernet")
+    config.total_steps = 4
+    config.log_every_steps = 2
+    config.eval_every_steps = 2
+    config.checkpoint_every_steps = 2
+    config.batch_size = 4
+    config.compilation_cache = str(compilation_cache)
+    config.model.embed_dims = (8, 8, 8, 8)
+    config.model.num_heads = (1, 1, 1, 1)
+    config.model.head_channels = 8
+    config.data.data_dir = str(scenes)
+    config.data.train_split = "train"
+    config.data.validation_split = "val"
+    config.data.size = (32, 32)
+    config.data.threads = 1
+    config.optimizer.learning_rate = 3e-3
+    return config
+
+
+_DONE = {}
+
+
+@pytest.fixture
+def finished(config, tmp_path_factory):
+    """The small run, done once for this file: its folder, and what was returned."""
+    if not _DONE:
+        workdir = tmp_path_factory.mktemp("finished")
+        _DONE["run"] = (workdir, train_and_evaluate(config, workdir))
+    return _DONE["run"]
+
+
+def _measure(folder, scenes):
+    """(mIoU, pixel accuracy) of a model folder, as a user would measure them: image by image."""
+    model, variables, card = load_pretrained(folder)
+    assert type(model).__name__ == "Segmenter"
+    examples = open_source("folder_segmentation", "val", data_dir=str(scenes)).examples
+    confusion = np.zeros((3, 3), int)
+    for i in range(len(examples)):
+        found = segment_image(model, variables, card, examples[i]["image"])
+        counted = examples[i]["label"] != 255
+        np.add.at(confusion, (examples[i]["label"][counted], found[counted]), 1)
+    hits = np.diag(confusion)
+    union = confusion.sum(0) + confusion.sum(1) - hits
+    return np.mean(hits[union > 0] / union[union > 0]), hits.sum() / confusion.sum()
+
+
+def test_a_run_measures_what_its_model_folder_gives(finished, scenes):
+    workdir, metrics = finished
+    assert metrics["eval/examples"] == 5
+    assert metrics["train/loss"] > 0
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    best = max((x for x in lines if "eval/miou" in x), key=lambda x: x["eval/miou"])
+    miou, accuracy = _measure(workdir / "model", scenes)
+    assert miou == pytest.approx(best["eval/miou"], abs=2e-3)  # ties may fall otherwise in a batch
+    assert accuracy == pytest.approx(best["eval/pixel_accuracy"], abs=2e-3)
+    steps = sorted(path.name for path in (workdir / "pictures").iterdir())
+    assert steps == ["eval_00000002.png", "eval_00000004.png"]
+
+
+def test_batch_statistics_are_kept_in_checkpoints_and_folders(finished):
+    workdir, _ = finished
+    _, variables, _ = load_pretrained(workdir / "model")
+    mean = variables["batch_stats"]["decoder"]["fuse"]["norm"]["mean"]
+    assert np.abs(mean).max() > 0
+    with Checkpoints(workdir / "checkpoints", keep=None) as checkpoints:
+        assert "batch_stats" in checkpoints.restore_variables()
+
+
+def test_eval_writes_each_class_and_equals_the_run(finished, config):
+    workdir, metrics = finished
+    config.mode = "eval"
+    measured = train_and_evaluate(config, workdir)
+    assert measured == {k: v for k, v in metrics.items() if not k.startswith("train/")}
+    with (workdir / "evaluation" / "eval_per_class_iou.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == ["noise", "red", "green"]
+    ious = [float(row["iou"]) for row in rows if row["iou"]]
+    assert np.mean(ious) == pytest.approx(metrics["eval/miou"], abs=1e-4)
+
+
+def test_what_the_model_sees_is_a_picture(config):
+    images, masks, names = training_batch(config, 1)
+    assert images.shape == (4, 32, 32, 3)
+    assert masks.shape == (4, 32, 32)
+    assert set(np.unique(masks)) <= {0, 1, 2, 255}
+    assert names == ("noise", "red", "green")
+
+
+def test_settings_of_the_other_task_are_refused(config, tmp_path):
+    def refused(told):
+        with pytest.raises(ConfigError, match=told):
+            train_and_evaluate(config, tmp_path / "refused")
+
+    config.augment.mixup = 0.5
+    refused(r"config\.augment: `mixup` is for classification")
+    config.augment.mixup = 0.0
+    config.optimizer.label_smoothing = 0.1
+    refused("label_smoothing is for classification")
+    config.optimizer.label_smoothing = 0.0
+    config.inference.stride = 100
+    refused(r"config\.inference: `window` must be")
+    config.model.head = None
+    refused("labels pixels: config.model.head has to be")
+    config = digits.get_config()
+    config.model.head = "fpn"
+    refused("labels whole images")
