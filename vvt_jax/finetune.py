@@ -1,4 +1,4 @@
-"""Fine-tuning: the weights that a run starts from, out of a model folder or another run."""
+"""Fine-tuning: the weights that a run starts from: a model folder's, a `.pth`'s, another run's."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -32,8 +32,8 @@ def initial_variables(
     classes are other ones.
 
     Args:
-        path: a folder that `save_pretrained` wrote; or another run's workdir, for its newest
-            checkpoint (its averaged weights, if it has some).
+        path: what `load_pretrained` takes, a model folder, `hf://` address or published `.pth`; or
+            another run's workdir, for its newest checkpoint (its averaged weights, if it has some).
         model: that is trained.
         fresh: its freshly initialised variables; the head is taken from them if need be.
         class_names: of the data, in the order of the labels.
@@ -45,7 +45,7 @@ def initial_variables(
     Raises:
         WeightsError, CheckpointError: nothing to start from, or weights that don't fit the model.
     """
-    given, source, names = _read(Path(path))
+    given, source, names = _read(path, model)
     told = [f"Starts from {path}."]
     for field in _TELLING:
         there, here = (_as_json(model_fields(m)[field]) for m in (source, model))
@@ -76,10 +76,14 @@ def initial_variables(
     return unflatten_dict(given, sep="/"), told
 
 
-def _read(path: Path) -> tuple[dict[str, Any], VVT, Sequence[str] | None]:
+def _read(place: str | Path, trained: VVT) -> tuple[dict[str, Any], VVT, Sequence[str] | None]:
     """Arrays by name, the model they are of, and its classes' names where they are known."""
+    path = Path(place)
     if not (path / "checkpoints").is_dir():
-        model, variables, card = load_pretrained(path)
+        heads = {}
+        if path.is_file() and trained.embed_dims != VVT().embed_dims:
+            heads = {"num_heads": trained.num_heads}  # of other widths, a .pth doesn't tell them
+        model, variables, card = load_pretrained(place, **heads)
         return flatten_dict(variables, sep="/"), model, card.get("class_names")
     with Checkpoints(path / "checkpoints", keep=None) as checkpoints:
         if checkpoints.latest_step() is None:
