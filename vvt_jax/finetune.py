@@ -80,7 +80,7 @@ def _read(place: str | Path, trained: VVT) -> tuple[dict[str, Any], VVT, Sequenc
     """Arrays by name, the model they are of, and its classes' names where they are known."""
     path = Path(place)
     if not (path / "checkpoints").is_dir():
-        heads = {}
+        heads: dict[str, Any] = {}
         if path.is_file() and trained.embed_dims != VVT().embed_dims:
             heads = {"num_heads": trained.num_heads}  # of other widths, a .pth doesn't tell them
         model, variables, card = load_pretrained(place, **heads)

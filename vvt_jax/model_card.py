@@ -54,8 +54,9 @@ def model_card(model: VVT, card: Mapping[str, Any], parameters: int) -> str:
         lines += ['images = vvt_jax.preprocess(PIL.Image.open("image.jpg"), card)']
     else:
         lines += ["images = ...  # normalised, [batch, height, width, 3]"]
+    result = "logits" if model.num_classes else "features"
     lines += [
-        f"{'logits' if model.num_classes else 'features'} = jax.jit(model.apply)(variables, images)",
+        f"{result} = jax.jit(model.apply)(variables, images)",
         "```",
         "",
         "## Preprocessing",

@@ -14,7 +14,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -133,7 +133,11 @@ class _Reader:
     """The operations of a pickle that torch.save writes, over plain values."""
 
     def __init__(
-        self, path: str | os.PathLike, folder: str, sizes: Mapping[str, int], byte_order: str
+        self,
+        path: str | os.PathLike,
+        folder: str,
+        sizes: Mapping[str, int],
+        byte_order: Literal["<", ">"],
     ):
         self._path, self._folder, self._sizes = path, folder, sizes
         self._byte_order = byte_order
@@ -143,15 +147,14 @@ class _Reader:
     def run(self, program: bytes) -> Any:
         try:
             for operation, argument, _ in pickletools.genops(program):
-                if operation.name == "STOP":
-                    (result,) = self._stack
-                    return result
-                self._step(operation.name, argument)
+                if operation.name != "STOP":  # always the last one
+                    self._step(operation.name, argument)
+            (result,) = self._stack
+            return result
         except WeightsError:
             raise
         except (LookupError, ValueError, TypeError, AttributeError, OverflowError) as error:
             raise WeightsError(f"{self._path} is damaged: its pickle makes no sense.") from error
-        raise WeightsError(f"{self._path} is damaged: its pickle has no end.")
 
     def _refuse(self, what: str) -> WeightsError:
         return WeightsError(
