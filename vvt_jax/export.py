@@ -53,7 +53,7 @@ def export_model(
         variables: what `model.apply` takes.
         size: height and width of the images; None: symbolic, any from 32 up.
         batch: images a call; None: symbolic, any number.
-        platforms: from `PLATFORMS`. Each gets the forms of operations that are fast there.
+        platforms: from `PLATFORMS`. A CPU gets other forms of operations than the rest (see `forms`).
 
     Returns:
         What `serialize()` makes bytes of, and `call(images)` runs.
@@ -72,8 +72,11 @@ def export_model(
 
         return forward
 
-    # A platform's own branch is chosen when the file is loaded; the weights are there once.
-    branches = {platform: on(platform) for platform in platforms}
+    # The branch is chosen when the file is loaded; the weights are in it once.
+    others = [platform for platform in platforms if platform != "cpu"]
+    branches = {"cpu": on("cpu")} if "cpu" in platforms else {}
+    if others:  # which all have the same forms
+        branches["default"] = on(others[0])
 
     def forward(images):
         return jax.lax.platform_dependent(variables, images, **branches)

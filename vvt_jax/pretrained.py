@@ -97,7 +97,10 @@ def load_pretrained(
         raise WeightsError(f"{folder} says itself which model it holds: leave name={name!r} out.")
     config = _read_config(folder)
     model = from_fields({**config["fields"], **fields})
-    shapes = variable_shapes(model)
+    try:
+        shapes = variable_shapes(model)
+    except (OverflowError, TypeError, ValueError) as error:  # widths beyond all measure
+        raise WeightsError(f"{folder / _CONFIG} describes no model: {error}.") from error
     try:
         _check_size(folder / _WEIGHTS, shapes)
         weights = (folder / _WEIGHTS).read_bytes()
@@ -151,8 +154,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise WeightsError(f"{folder} holds a {config['class']}, not a {_CLASSIFIER}.")
     try:
         model = from_fields(config["fields"])
-        variable_shapes(model)
-    except (AttributeError, OverflowError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         reason = str(error).rstrip(".")
         raise WeightsError(f"{folder / _CONFIG} describes no model: {reason}.") from error
     _check_card(config["card"], model, f"{folder / _CONFIG}: ")
