@@ -53,7 +53,8 @@ def export_model(
         variables: what `model.apply` takes.
         size: height and width of the images; None: symbolic, any from 32 up.
         batch: images a call; None: symbolic, any number.
-        platforms: from `PLATFORMS`. A CPU gets other forms of operations than the rest (see `forms`).
+        platforms: from `PLATFORMS`. A CPU gets other forms of operations than the
+            rest (see `forms`).
 
     Returns:
         What `serialize()` makes bytes of, and `call(images)` runs.

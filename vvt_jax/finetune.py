@@ -1,6 +1,7 @@
 """Fine-tuning: the weights that a run starts from: a model folder's, a `.pth`'s, another run's."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,9 +80,9 @@ def initial_variables(
 def _read(place: str | Path, trained: VVT) -> tuple[dict[str, Any], VVT, Sequence[str] | None]:
     """Arrays by name, the model they are of, and its classes' names where they are known."""
     path = Path(place)
-    if not (path / "checkpoints").is_dir():
+    if not os.path.isdir(path / "checkpoints"):  # pathlib's raises where it may not look
         heads: dict[str, Any] = {}
-        if path.is_file() and trained.embed_dims != VVT().embed_dims:
+        if os.path.isfile(path) and trained.embed_dims != VVT().embed_dims:
             heads = {"num_heads": trained.num_heads}  # of other widths, a .pth doesn't tell them
         model, variables, card = load_pretrained(place, **heads)
         return flatten_dict(variables, sep="/"), model, card.get("class_names")

@@ -91,7 +91,7 @@ def load_pretrained(
         folder = hub.fetch(str(path), (_CONFIG, _WEIGHTS, model_card.FILE))
     else:
         folder = Path(path)
-        if folder.is_file() or folder.suffix in (".pth", ".pt"):
+        if os.path.isfile(folder) or folder.suffix in (".pth", ".pt"):
             return convert.read_published(path, name, **fields)
     if name is not None:
         raise WeightsError(f"{folder} says itself which model it holds: leave name={name!r} out.")
