@@ -9,9 +9,11 @@ import pytest
 
 from vvt_jax import create_model, create_segmenter, forms, save_pretrained
 from vvt_jax.checkpoint import Best, CheckpointError, Checkpoints
+from vvt_jax.convert import to_pytorch
 from vvt_jax.finetune import initial_variables
 from vvt_jax.recipe.optimizer import make_optimizer
 from vvt_jax.recipe.step import init_state
+from vvt_jax.torch_files import write_file
 from vvt_jax.weights import WeightsError, smallest_image
 
 _NAMES = tuple("abcdefghij")
@@ -95,6 +97,14 @@ def test_a_run_gives_its_newest_weights_the_averaged_ones_first(tmp_path, variab
     taken, told = initial_variables(tmp_path, _model(), variables[1], _NAMES)
     chex.assert_trees_all_equal(taken["params"], state.ema if ema else state.params)
     assert told == [f"Starts from {tmp_path}."]
+
+
+def test_a_published_file_is_taken(tmp_path, variables):
+    path = tmp_path / "published.pth"
+    write_file(path, to_pytorch(variables[0], _model()))
+    taken, told = initial_variables(path, _model(), variables[1], _NAMES)
+    chex.assert_trees_all_equal(taken, variables[0])
+    assert told == [f"Starts from {path}."]
 
 
 def test_weights_of_another_model_are_refused(folder, variables):

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -184,7 +185,11 @@ def test_a_second_save_replaces_the_first(folder):
     loaded, variables, loaded_card = load_pretrained(folder)
     assert (loaded, loaded_card) == (model, card)
     chex.assert_trees_all_equal(variables, _variables(model, seed=1))
-    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
+    assert {path.name for path in folder.iterdir()} == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    }
 
 
 def test_fields_override_the_models_own(folder):
@@ -240,7 +245,7 @@ def test_missing_parts_are_named(folder, tmp_path):
     _refusal(folder, folder, "is not a model folder", "config.json")
     shutil.rmtree(folder)
     folder.write_text("a file")
-    _refusal(folder, folder, "is not a model folder")
+    _refusal(folder, folder, "is neither a model folder nor a PyTorch file")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe"])
@@ -314,14 +319,91 @@ def test_lacking_weights_are_named(folder):
     _refusal(folder, "they lack params/head/bias.")
 
 
-def test_a_published_file_is_refused_so_far(tmp_path):
-    path = tmp_path / "vvt_tiny_224.pth"
-    path.write_bytes(b"PK\3\4")
-    _refusal(path, path, "is not a model folder")
-
-
 def test_a_name_is_refused_where_the_folder_tells_it(folder):
     _refusal(folder, "says itself which model it holds", name="vvt_nano")
+
+
+_PREPROCESSING = _CARD["preprocessing"]
+
+
+@pytest.mark.parametrize(
+    ("card", "words"),
+    [
+        ([], "the card is no object, but list"),
+        ({"preprocessing": 7}, "the card's preprocessing is unfit"),
+        ({"preprocessing": {"size": [32, 32]}}, "has the fields"),
+        ({"preprocessing": {**_PREPROCESSING, "size": 32}}, "is unfit"),
+        ({"preprocessing": {**_PREPROCESSING, "size": ["a", "b"]}}, "is unfit"),
+        ({"preprocessing": {**_PREPROCESSING, "size": [10**9, 10**9]}}, "above 16384 pixels"),
+        ({"preprocessing": {**_PREPROCESSING, "crop_fraction": None}}, "is unfit"),
+        ({"preprocessing": {**_PREPROCESSING, "interpolation": ["x"]}}, "is unfit"),
+        ({"preprocessing": {**_PREPROCESSING, "mean": "abc"}}, "is unfit"),
+        ({"class_names": "abc"}, "are not a list of texts"),
+        ({"class_names": [1, 2, 3]}, "are not a list of texts"),
+        ({"class_names": ["a", "b", "c", "d"]}, "has 4 class_names, the model 3 classes"),
+    ],
+)
+def test_a_card_that_does_not_fit_is_neither_read_nor_written(folder, card, words):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(WeightsError, match=words):
+        save_pretrained(folder, _model(), _variables(_model()), card)
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+    _edit(folder, card=card)
+    _refusal(folder, folder / "config.json", words)
+
+
+@pytest.mark.parametrize("text", [None, "", "---\nnonsense: [", "x" * 2**20])
+def test_the_readme_is_for_people_alone(folder, text):
+    path = folder / "README.md"
+    path.unlink() if text is None else path.write_text(text)
+    chex.assert_trees_all_equal(load_pretrained(folder)[1], _variables(_model()))
+
+
+def test_what_is_far_too_large_is_not_read(folder):
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(2**40)  # a hole: takes no space
+    _refusal(folder, "has 1099511627776 bytes, but its model needs at most")
+    with (folder / "config.json").open("r+b") as file:
+        file.truncate(2**40)
+    _refusal(folder, folder / "config.json", "is far too large")
+
+
+def test_nesting_and_numbers_beyond_measure_are_refused(folder):
+    path = folder / "config.json"
+    fields = json.loads(path.read_text())["fields"]
+    _edit(folder, fields={**fields, "embed_dims": [8 * 10**18] * 4})
+    _refusal(folder, path)
+    path.write_text("[" * 10**5)
+    _refusal(folder, path, "is not JSON")
+
+
+@pytest.fixture
+def unprivileged():
+    """As somebody who may not look into pytest's folders, where the tests are run by root."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    yield
+    if root:
+        os.seteuid(0)
+
+
+def test_no_permission_is_a_sentence(folder, unprivileged):
+    if os.geteuid() != 65534:
+        folder.chmod(0)
+    _refusal(folder, folder, "Permission denied")
+    _refusal(folder / "x.pth", folder / "x.pth", "can't be read: Permission denied")
+    if os.geteuid() != 65534:
+        folder.chmod(0o700)
+
+
+def test_weights_that_are_no_floats_are_refused(folder):
+    path = folder / "model.safetensors"
+    arrays = load_file(path)
+    arrays["params/head/bias"] = arrays["params/head/bias"].astype(np.int32)
+    save_file(arrays, path)
+    _edit(folder, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    _refusal(folder, "params/head/bias in int32, not a float")
 
 
 def test_check_arrays_names_at_most_three():

@@ -14,6 +14,8 @@ Source: Sun et al., "Vicinity Vision Transformer", arXiv 2206.10552.
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -169,32 +171,49 @@ def _check_shapes(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
 # the rows, or the columns where `by_column` says so. `along=None` stands for a single 1.
 @dataclasses.dataclass(frozen=True)
 class _Factor:
-    mix: np.ndarray  # [features, outer, j]
-    along: np.ndarray | None  # [inner, j]
+    mix: Any  # [features, outer, j], NumPy's or JAX's
+    along: Any | None  # [inner, j]
     by_column: bool = False
 
 
-@functools.cache
-def _factors(locality: str, height: int, width: int) -> tuple[_Factor, ...]:
+def _of_grid(make: Callable) -> Callable:
+    """Gives `make(xp, locality, height, width)` the NumPy that the grid's extents need.
+
+    Where they are known, arrays are made once. In an export with symbolic sizes they only are when
+    it runs: jax.numpy makes them, in the program.
+    """
+    once = functools.cache(functools.partial(make, np))
+
+    @functools.wraps(make)
+    def of_grid(locality: str, height: Any, width: Any):
+        if isinstance(height, int) and isinstance(width, int):
+            return once(locality, height, width)
+        return make(jnp, locality, height, width)
+
+    return of_grid
+
+
+@_of_grid
+def _factors(xp, locality, height, width) -> tuple[_Factor, ...]:
     """Position features p of a grid with Σ_m p_m(i) p_m(j) = w_ij, in factors."""
-    a, b = np.pi / 2 * np.arange(height) / height, np.pi / 2 * np.arange(width) / width
-    by_row = np.stack([np.cos(a), np.sin(a)])  # [2, height]
-    by_column = np.stack([np.cos(b), np.sin(b)])  # [2, width]
+    a, b = np.pi / 2 * xp.arange(height) / height, np.pi / 2 * xp.arange(width) / width
+    by_row = xp.stack([xp.cos(a), xp.sin(a)])  # [2, height]
+    by_column = xp.stack([xp.cos(b), xp.sin(b)])  # [2, width]
     if locality == "sum":
         return (
             _Factor(by_row[..., None], None),
             _Factor(by_column[..., None], None, by_column=True),
         )
     if locality == "product":  # features (cos a, sin a) × (cos b, sin b)
-        mix = np.einsum("ih,jk->ijhk", by_row, np.eye(2)).reshape(4, height, 2)
+        mix = xp.einsum("ih,jk->ijhk", by_row, np.eye(2)).reshape(4, height, 2)
         return (_Factor(mix, by_column.T),)
     if locality == "1d":  # the angle of n = row·width + column is a + b/height
         b = b / height
-        mix = np.stack(
-            [np.stack([np.cos(a), -np.sin(a)], -1), np.stack([np.sin(a), np.cos(a)], -1)]
+        mix = xp.stack(
+            [xp.stack([xp.cos(a), -xp.sin(a)], -1), xp.stack([xp.sin(a), xp.cos(a)], -1)]
         )
-        return (_Factor(mix, np.stack([np.cos(b), np.sin(b)], -1)),)
-    return (_Factor(np.ones((1, height, 1)), None),)
+        return (_Factor(mix, xp.stack([xp.cos(b), xp.sin(b)], -1)),)
+    return (_Factor(xp.ones((1, height, 1)), None),)
 
 
 def feature_count(locality: str) -> int:
@@ -202,16 +221,16 @@ def feature_count(locality: str) -> int:
     return sum(len(factor.mix) for factor in _factors(locality, 1, 1))
 
 
-@functools.cache
-def _position_features(locality: str, height: int, width: int) -> np.ndarray:
+@_of_grid
+def _position_features(xp, locality, height, width):
     """The same features written out: `[height, width, features]`, float32."""
     features = []
     for factor in _factors(locality, height, width):
         inner = height if factor.by_column else width
-        along = np.ones((inner, 1)) if factor.along is None else factor.along
-        p = np.einsum("moj,ij->oim", factor.mix, along)
+        along = xp.ones((inner, 1)) if factor.along is None else factor.along
+        p = xp.einsum("moj,ij->oim", factor.mix, along)
         features.append(p.swapaxes(0, 1) if factor.by_column else p)
-    return np.concatenate(features, -1).astype(np.float32)
+    return xp.concatenate(features, -1).astype(np.float32)
 
 
 def _attend_concatenated(query, key, value, locality, keep):

@@ -1,10 +1,24 @@
 """Between the published PyTorch names and shapes and this package's parameters.
 
+    python -m vvt_jax.convert vvt_small_224.pth folder/
+    python -m vvt_jax.convert other.pth folder/ --set 'num_heads=(1,1,2,3)'
+    python -m vvt_jax.convert --to-pytorch folder/ vvt_small.pth
+
+Both published forms are read, the bare state dict and the training checkpoint, without PyTorch and
+without running what is in them. The size is told from the shapes; no shape tells the number of
+heads, which other widths than the published ones need --name or --set for.
+
 Linear weights are `[out, in]` there and `[in, out]` here, convolutions `[out, in/groups, k, k]`
 there and `[k, k, in/groups, out]` here, and the blocks of a stage are stacked here.
 """
 
-from collections.abc import Iterator, Mapping
+import argparse
+import ast
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,8 +26,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vvt_jax.models import VVT
-from vvt_jax.weights import check_arrays, smallest_image, variable_shapes
+from vvt_jax import torch_files
+from vvt_jax.data.imagenet import class_names
+from vvt_jax.errors import UserError
+from vvt_jax.model_card import variant_name
+from vvt_jax.models import VVT, create_model
+from vvt_jax.models.vvt import from_fields
+from vvt_jax.weights import WeightsError, check_arrays, smallest_image, variable_shapes
 
 # Published module name, ours, and the kind of its weight, in the order of the published files.
 _EMBEDDING = (("proj", "conv", "conv"), ("norm", "norm", "norm"))
@@ -30,6 +49,15 @@ _BLOCK = (
     ("mlp.dwconv.dwconv", "feed_forward/depthwise", "conv"),
     ("mlp.fc2", "feed_forward/fc2", "linear"),
 )
+
+# Of the published evaluation, at which all published weights were measured.
+_PUBLISHED_PREPROCESSING = {
+    "size": [224, 224],
+    "crop_fraction": 0.875,
+    "interpolation": "bicubic",
+    "mean": [0.485, 0.456, 0.406],
+    "std": [0.229, 0.224, 0.225],
+}
 
 
 def from_pytorch(
@@ -90,6 +118,123 @@ def to_pytorch(variables: Mapping[str, Any], model: VVT) -> dict[str, np.ndarray
     }
 
 
+def read_published(
+    path: str | os.PathLike, name: str | None = None, **fields: Any
+) -> tuple[VVT, dict[str, Any], dict[str, Any]]:
+    """A model, its variables and its card from a published `.pth`; `load_pretrained` calls it.
+
+    Args:
+        path: a bare state dict, or a training checkpoint that has it as `model`.
+        name: the model that it is; None: told from the shapes.
+        **fields: what shapes don't tell, e.g. `num_heads` of other widths than the published ones.
+
+    Returns:
+        As `load_pretrained`. The card has the published evaluation's preprocessing, and ImageNet's
+        class names where there are 1000 classes.
+
+    Raises:
+        WeightsError: a file that can't be read, holds other than weights, or isn't of that model.
+        ValueError: fields that a model does not have.
+    """
+    content = torch_files.read_file(path)
+    if isinstance(content, dict) and isinstance(content.get("model"), dict):
+        content = content["model"]
+    if not isinstance(content, dict) or not content:
+        raise WeightsError(f"{path} holds no state dict.")
+    for key, value in content.items():
+        if not isinstance(value, torch_files.Tensor) or not isinstance(key, str):
+            raise WeightsError(f"{path} holds no state dict: {str(key)[:100]!r} is no tensor.")
+    shapes = {key: value.shape for key, value in content.items()}
+    try:
+        if name is None:
+            model = recognise(shapes, **fields)
+        else:
+            model = create_model(name, **{"num_classes": _classes(shapes), **fields})
+        # before anything is read: what is not the model's may be of any size
+        check_arrays(content, published_shapes(model))
+        arrays = {key: value.read() for key, value in content.items()}
+        variables = from_pytorch(arrays, model)
+    except WeightsError as error:
+        message = str(error)
+        raise WeightsError(message if str(path) in message else f"{path}: {message}") from error
+    card: dict[str, Any] = {"preprocessing": _PUBLISHED_PREPROCESSING}
+    names = list(class_names().values())
+    if model.num_classes == len(names):
+        card["class_names"] = names
+    return model, variables, card
+
+
+def recognise(shapes: Mapping[str, Sequence[int]], **fields: Any) -> VVT:
+    """The model that tensors of the published names and shapes are of.
+
+    Args:
+        shapes: by published name, as PyTorch has them.
+        **fields: taken as they are; `num_heads` is needed where the widths aren't the published
+            ones. What else no shape tells (locality, clamp, strides) is as published.
+
+    Raises:
+        WeightsError: shapes of no model, or heads that have to be given.
+        ValueError: fields that a model does not have.
+    """
+
+    def rows(name: str, column: int = 0) -> int:
+        if name not in shapes or len(shapes[name]) <= column or not shapes[name][column]:
+            raise WeightsError(f"This is no Vicinity Vision Transformer: it lacks {name}.")
+        return shapes[name][column]
+
+    stages = range(1, 5)
+    widths = [rows(f"patch_embed{i}.proj.weight") for i in stages]
+    blocks = [f"block{i}.0" for i in stages]
+    told: dict[str, Any] = {
+        "embed_dims": widths,
+        "depths": [_depth(shapes, i) for i in stages],
+        "mlp_ratios": [
+            rows(f"{block}.mlp.fc1.weight") // rows(f"{block}.mlp.fc1.weight", 1)
+            for block in blocks
+        ],
+        "num_classes": _classes(shapes),
+    }
+    if not any(".attn.se_fc." in name for name in shapes):
+        told["attention"] = "softmax"  # the ablation has no gate
+    else:
+        told["feature_reduction"] = [
+            rows(f"{block}.attn.q_proj.weight", 1) // rows(f"{block}.attn.q_proj.weight")
+            for block in blocks
+        ]
+        told["gate_reduction"] = widths[0] // rows(f"{blocks[0]}.attn.se_fc.0.weight")
+    published = VVT()
+    if tuple(widths) == published.embed_dims:
+        told["num_heads"] = published.num_heads
+    elif "num_heads" not in fields:
+        raise WeightsError(
+            f"The widths {widths} are none of the published ones, and no shape tells the number "
+            "of heads: give num_heads, or the model's name."
+        )
+    try:
+        return from_fields(VVT, {**told, **fields})
+    except ValueError as error:
+        if fields:
+            raise
+        raise WeightsError(f"These are the shapes of no model: {error}") from error
+
+
+def published_shapes(model: VVT) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a model under its published name, in the published order."""
+    shapes = _parameter_shapes(model)
+    return {
+        name: _published_shape(shapes[path], kind) for name, path, _, kind in _table(model, shapes)
+    }
+
+
+def _classes(shapes: Mapping[str, Sequence[int]]) -> int:
+    return next(iter(shapes.get("head.weight", ())), 0)
+
+
+def _depth(shapes: Mapping[str, Sequence[int]], stage: int) -> int:
+    pattern = re.compile(rf"block{stage}\.(\d+)\.")
+    return len({match[1] for match in map(pattern.match, shapes) if match})
+
+
 def _table(model: VVT, shapes: Mapping[str, Any]) -> Iterator[tuple[str, str, int | None, str]]:
     """Published name, our path, index in the stack (None where not stacked), kind of tensor."""
 
@@ -127,3 +272,101 @@ def _published_shape(shape: tuple[int, ...], kind: str) -> tuple[int, ...]:
 
 def _parameter_shapes(model: VVT) -> dict[str, tuple[int, ...]]:
     return {path.removeprefix("params/"): shape for path, shape in variable_shapes(model).items()}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _parse(arguments)
+    try:
+        fields = parse_fields(options.set)
+        check_output(options.target, force=options.force)
+        if options.to_pytorch:
+            told = _write_published(options.source, options.target, options.name, fields)
+        else:
+            told = _write_folder(options.source, options.target, options.name, fields)
+    except ValueError as error:  # UserError, and fields that a model does not have
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: {error.filename or options.target} can't be written: {error.strerror}.")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    print(told)
+
+
+def parse_fields(settings: Sequence[str]) -> dict[str, Any]:
+    """Fields of a model from texts `name=value`, as commands take them.
+
+    Raises:
+        UserError: a text without `=`.
+    """
+    fields = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise UserError(f"{setting!r} is no setting: it has to be name=value.")
+        try:
+            fields[name] = ast.literal_eval(value)
+        except (SyntaxError, ValueError, MemoryError, RecursionError):
+            fields[name] = value
+    return fields
+
+
+def check_output(path: Path, *, force: bool) -> None:
+    """Refuses to write where something is, unless `force`.
+
+    Raises:
+        UserError: there is a file, or a folder that is not empty.
+    """
+    try:
+        taken = any(path.iterdir()) if path.is_dir() else path.exists()
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {error.strerror}.") from error
+    if taken and not force:
+        raise UserError(f"{path} is there already: give another place, or --force to replace it.")
+
+
+def _write_folder(source: str, target: Path, name: str | None, fields: Mapping[str, Any]) -> str:
+    from vvt_jax.pretrained import save_pretrained
+
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target} is a file, and a model folder is to go there.")
+    model, variables, card = read_published(source, name, **fields)
+    save_pretrained(target, model, variables, card)
+    return f"{_describe(model, variables)} is in {target}."
+
+
+def _write_published(source: str, target: Path, name: str | None, fields: Mapping[str, Any]) -> str:
+    from vvt_jax.pretrained import load_pretrained
+
+    if target.is_dir():
+        raise UserError(f"{target} is a folder, and a .pth file is to go there.")
+    model, variables, _ = load_pretrained(source, name, **fields)
+    torch_files.write_file(target, to_pytorch(variables, model))
+    return f"{_describe(model, variables)} is in {target}."
+
+
+def _describe(model: VVT, variables: Mapping[str, Any]) -> str:
+    name = variant_name(model)
+    count = sum(np.size(leaf) for leaf in jax.tree.leaves(variables["params"]))
+    size = f"{count:,} parameters, {model.num_classes} classes"
+    return f"{name or 'A model'} ({size})"
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m vvt_jax.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", help="a .pth file; with --to-pytorch a model folder")
+    parser.add_argument("target", type=Path, help="a folder; with --to-pytorch a .pth file")
+    parser.add_argument("--to-pytorch", action="store_true", help="the way back")
+    parser.add_argument("--name", help="of the model, where shapes don't tell or as a check")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a field of the model"
+    )
+    parser.add_argument("--force", action="store_true", help="replace what is there")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,19 +1,19 @@
-"""Fine-tuning: the weights that a run starts from, out of a model folder or another run."""
+"""Fine-tuning: the weights that a run starts from: a model folder's, a `.pth`'s, another run's."""
 
 import json
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vvt_jax import storage
+from vvt_jax import hub, storage
 from vvt_jax.checkpoint import Checkpoints
 from vvt_jax.models import VVT, Segmenter, create
 from vvt_jax.models.vvt import model_fields
 from vvt_jax.pretrained import load_pretrained
-from vvt_jax.storage import AnyPath
 from vvt_jax.weights import WeightsError, check_arrays
 
 # What a model computes with the same weights in another way, so that no shape tells.
@@ -35,8 +35,8 @@ def initial_variables(
     segmenter starts from a classifier.
 
     Args:
-        path: a folder that `save_pretrained` wrote; or another run's workdir, for its newest
-            checkpoint (its averaged weights, if it has some).
+        path: what `load_pretrained` takes, a model folder, `hf://` address or published `.pth`; or
+            another run's workdir, for its newest checkpoint (its averaged weights, if it has some).
         model: that is trained.
         fresh: its freshly initialised variables; the head is taken from them if need be.
         class_names: of the data, in the order of the labels.
@@ -48,7 +48,7 @@ def initial_variables(
     Raises:
         WeightsError, CheckpointError: nothing to start from, or weights that don't fit the model.
     """
-    given, source, names = _read(storage.locate(path))
+    given, source, names = _read(path, model)
     told = [f"Starts from {path}."]
     for field in _TELLING:
         there, here = (_as_json(model_fields(m)[field]) for m in (source, model))
@@ -95,10 +95,16 @@ def _kind(model: VVT) -> str:
     return f"segmenter ({model.head})" if isinstance(model, Segmenter) else "classifier"
 
 
-def _read(path: AnyPath) -> tuple[dict[str, Any], VVT, Sequence[str] | None]:
+def _read(
+    place: str | os.PathLike, trained: VVT
+) -> tuple[dict[str, Any], VVT, Sequence[str] | None]:
     """Arrays by name, the model they are of, and its classes' names where they are known."""
-    if not (path / "checkpoints").is_dir():
-        model, variables, card = load_pretrained(path)
+    path = Path(place) if str(place).startswith(hub.PREFIX) else storage.locate(place)
+    if not storage.is_folder(path / "checkpoints"):
+        heads: dict[str, Any] = {}
+        if os.path.isfile(path) and trained.embed_dims != VVT().embed_dims:
+            heads = {"num_heads": trained.num_heads}  # of other widths, a .pth doesn't tell them
+        model, variables, card = load_pretrained(place, **heads)
         return flatten_dict(variables, sep="/"), model, card.get("class_names")
     with Checkpoints(path / "checkpoints", keep=None) as checkpoints:
         if checkpoints.latest_step() is None:

@@ -1,7 +1,11 @@
-"""Model folders: `config.json` and `model.safetensors`, all that is needed to use a model."""
+"""Model folders: `config.json` and `model.safetensors`, all that is needed to use a model.
+
+A `README.md` beside them tells people the same; nothing reads it.
+"""
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +17,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
-from vvt_jax import storage
+from vvt_jax import convert, hub, model_card, storage
+from vvt_jax.data.preprocess import check_record
 from vvt_jax.models import VVT, Segmenter
 from vvt_jax.models.vvt import from_fields, model_fields
 from vvt_jax.storage import AnyPath
@@ -21,6 +26,8 @@ from vvt_jax.weights import WeightsError, check_arrays, variable_shapes
 
 FORMAT_VERSION = 1
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+_LARGEST_CONFIG = 2**26  # bytes; 20,000 class names take about 2**19
+_LARGEST_SIDE = 2**14  # pixels
 _CLASSES: dict[str, type[VVT]] = {
     "vvt_jax.models.VVT": VVT,
     "vvt_jax.models.Segmenter": Segmenter,
@@ -37,7 +44,11 @@ def save_pretrained(
         model: its class and fields go into `config.json`.
         variables: what `model.apply` takes; saved under keys like `params/stage1/...`.
         card: `preprocessing` (see `vvt_jax.data.preprocess`) and `class_names`, JSON values.
+
+    Raises:
+        WeightsError: a card that does not fit the model.
     """
+    _check_card(card, model)
     place = storage.locate(folder)
     # safetensors writes the memory of an array and not its elements: a transposed view would be
     # stored wrongly without a word.
@@ -55,6 +66,9 @@ def save_pretrained(
     }
     storage.replace(place / _WEIGHTS, weights)
     storage.replace(place / _CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    parameters = sum(np.size(a) for name, a in arrays.items() if name.startswith("params/"))
+    text = model_card.model_card(model, card, parameters)
+    storage.replace(place / model_card.FILE, text.encode())
 
 
 def load_pretrained(
@@ -63,7 +77,9 @@ def load_pretrained(
     """A model, its variables and its card from a folder that `save_pretrained` wrote.
 
     Args:
-        path: the folder; also of an object store.
+        path: the folder, also of an object store; or `hf://organisation/name`, one on the Hugging
+            Face Hub, with a revision after `@` if wanted; or a published `.pth`, see
+            `vvt_jax.convert.read_published`.
         name: only for weights that don't say which model they are; a folder does.
         **fields: override the model's own, e.g. `dtype="bfloat16"` or `unroll=False`.
 
@@ -72,14 +88,25 @@ def load_pretrained(
 
     Raises:
         WeightsError: the folder is missing, incomplete, damaged, of another format version, or its
-            weights don't fit the model; the message names what.
+            weights or card don't fit the model; the message names what.
         ValueError: fields that a model does not have.
     """
-    folder = storage.locate(path)
+    if str(path).startswith(hub.PREFIX):
+        folder = hub.fetch(str(path), (_CONFIG, _WEIGHTS, model_card.FILE))
+    else:
+        folder = storage.locate(path)
+        if os.path.isfile(folder) or folder.suffix in (".pth", ".pt"):
+            return convert.read_published(path, name, **fields)
     if name is not None:
         raise WeightsError(f"{folder} says itself which model it holds: leave name={name!r} out.")
     config = _read_config(folder)
+    model = from_fields(_CLASSES[config["class"]], {**config["fields"], **fields})
     try:
+        shapes = variable_shapes(model)
+    except (OverflowError, TypeError, ValueError) as error:  # widths beyond all measure
+        raise WeightsError(f"{folder / _CONFIG} describes no model: {error}.") from error
+    try:
+        _check_size(folder / _WEIGHTS, shapes)
         weights = storage.read_bytes(folder / _WEIGHTS)
     except OSError as error:
         raise WeightsError(f"{folder} has no readable {_WEIGHTS}: {error.strerror}.") from error
@@ -92,20 +119,27 @@ def load_pretrained(
         arrays = load_safetensors(weights)
     except SafetensorError as error:
         raise WeightsError(f"{folder / _WEIGHTS} is not a safetensors file: {error}.") from error
-    model = from_fields(_CLASSES[config["class"]], {**config["fields"], **fields})
-    check_arrays(arrays, variable_shapes(model))
+    check_arrays(arrays, shapes)
+    for key, array in arrays.items():
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise WeightsError(f"{folder / _WEIGHTS} has {key} in {array.dtype}, not a float.")
     variables = unflatten_dict({name: jnp.asarray(a) for name, a in arrays.items()}, sep="/")
     return model, variables, config["card"]
 
 
 def _read_config(folder: AnyPath) -> dict[str, Any]:
     try:
-        config = json.loads(storage.read_bytes(folder / _CONFIG).decode())
+        content = storage.read_range(folder / _CONFIG, 0, _LARGEST_CONFIG + 1)
+        if len(content) > _LARGEST_CONFIG:
+            raise WeightsError(f"{folder / _CONFIG} is not a model folder's: it is far too large.")
+        config = json.loads(content.decode("utf-8"))
+    except WeightsError:
+        raise
     except OSError as error:
         raise WeightsError(
             f"{folder} is not a model folder: it has no readable {_CONFIG} ({error.strerror})."
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"{folder / _CONFIG} is not JSON: {error}.") from error
     if not isinstance(config, dict):
         raise WeightsError(f"{folder / _CONFIG} is not a model folder's: it is no JSON object.")
@@ -122,8 +156,43 @@ def _read_config(folder: AnyPath) -> dict[str, Any]:
     if config["class"] not in _CLASSES:
         raise WeightsError(f"{folder} holds a {config['class']}, not a {' or '.join(_CLASSES)}.")
     try:
-        from_fields(_CLASSES[config["class"]], config["fields"])
-    except (TypeError, ValueError) as error:
+        model = from_fields(_CLASSES[config["class"]], config["fields"])
+    except (AttributeError, TypeError, ValueError) as error:
         reason = str(error).rstrip(".")
         raise WeightsError(f"{folder / _CONFIG} describes no model: {reason}.") from error
+    _check_card(config["card"], model, f"{folder / _CONFIG}: ")
     return config
+
+
+def _check_size(path: AnyPath, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuses what is far larger than the model, before it is read."""
+    most = 8 * sum(map(math.prod, shapes.values())) + 2**20
+    ((_, size, _),) = storage.fingerprints([str(path)])
+    if size > most:
+        raise WeightsError(f"{path} has {size} bytes, but its model needs at most {most}.")
+
+
+def _check_card(card: Any, model: VVT, where: str = "") -> None:
+    if not isinstance(card, Mapping):
+        raise WeightsError(f"{where}the card is no object, but {type(card).__name__}.")
+    if "preprocessing" in card:
+        record = card["preprocessing"]
+        try:
+            check_record(record)
+            np.asarray([record["mean"], record["std"]], np.float32)
+            if max(record["size"]) > _LARGEST_SIDE:
+                raise ValueError(f"`size` is above {_LARGEST_SIDE} pixels")
+        except (AttributeError, OverflowError, TypeError, ValueError) as error:
+            reason = str(error).rstrip(".")
+            raise WeightsError(
+                f"{where}the card's preprocessing does not fit: {reason}."
+            ) from error
+    if "class_names" in card:
+        names = card["class_names"]
+        if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
+            raise WeightsError(f"{where}the card's class_names are not a list of texts.")
+        if model.num_classes and len(names) > model.num_classes:
+            raise WeightsError(
+                f"{where}the card has {len(names)} class_names, the model {model.num_classes} "
+                "classes."
+            )

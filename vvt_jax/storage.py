@@ -80,6 +80,12 @@ def absolute(path: AnyPath) -> AnyPath:
     return path if is_remote(path) else path.absolute()
 
 
+def is_folder(path: AnyPath) -> bool:
+    """Whether it is a folder; False where that can't be seen."""
+    # pathlib's raises where it may not look
+    return path.is_dir() if is_remote(path) else os.path.isdir(path)
+
+
 def read_bytes(path: str | os.PathLike) -> bytes:
     """A whole file."""
     with _os_errors(path):

@@ -209,7 +209,9 @@ class VVT(nn.Module):
         Raises:
             ValueError: images of another rank, or too small.
         """
-        if images.ndim != 4 or images.shape[-1] != 3 or min(images.shape[1:3]) < SMALLEST_SIDE:
+        # each side on its own: an export's symbolic sides can't be compared with one another
+        small = any(side < SMALLEST_SIDE for side in images.shape[1:3])
+        if images.ndim != 4 or images.shape[-1] != 3 or small:
             raise ValueError(
                 "images must be [batch, height, width, 3] with at least "
                 f"{SMALLEST_SIDE} pixels a side, but are {images.shape}."

@@ -1,0 +1,197 @@
+"""A model as one file of StableHLO that runs without this package: program and weights.
+
+    python -m vvt_jax.export runs/digits/model --out=digits.jax
+    python -m vvt_jax.export vvt_small_224.pth --out=small.jax --size=symbolic --batch=8
+
+The file takes normalised images `[batch, height, width, 3]`, float32, and gives logits. Beside it
+stands FILE.json with the preprocessing and the class names. To run it, jax is enough:
+
+    import jax.export
+    run = jax.export.deserialize(open("digits.jax", "rb").read()).call
+    logits = run(images)
+
+jax promises to read such a file for six months after the version that wrote it.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+
+from vvt_jax import forms
+from vvt_jax.convert import check_output, parse_fields
+from vvt_jax.errors import UserError
+from vvt_jax.models import VVT
+from vvt_jax.models.vvt import SMALLEST_SIDE, unstack_blocks
+from vvt_jax.pretrained import load_pretrained
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+SYMBOLIC = "symbolic"
+_MOST = 2**14  # images a call, pixels a side
+
+
+def export_model(
+    model: VVT,
+    variables: Mapping[str, Any],
+    *,
+    size: tuple[int, int] | None,
+    batch: int | None = None,
+    platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
+) -> jax.export.Exported:
+    """The forward pass with its weights, lowered for several platforms at once.
+
+    Args:
+        model: of any fields.
+        variables: what `model.apply` takes.
+        size: height and width of the images; None: symbolic, any from 32 up.
+        batch: images a call; None: symbolic, any number.
+        platforms: from `PLATFORMS`. A CPU gets other forms of operations than the
+            rest (see `forms`).
+
+    Returns:
+        What `serialize()` makes bytes of, and `call(images)` runs.
+    """
+    symbols = f"{batch or 'batch'}, {'height, width' if size is None else f'{size[0]}, {size[1]}'}"
+    shape = jax.export.symbolic_shape(
+        f"{symbols}, 3",
+        constraints=[f"{side} >= {SMALLEST_SIDE}" for side in ("height", "width") if size is None],
+    )
+    variables = unstack_blocks(variables)
+
+    def on(platform: str):
+        def forward(variables, images):
+            with forms.compiling_for(platform):
+                return model.apply(variables, images)
+
+        return forward
+
+    # The branch is chosen when the file is loaded; the weights are in it once.
+    others = [platform for platform in platforms if platform != "cpu"]
+    branches = {"cpu": on("cpu")} if "cpu" in platforms else {}
+    if others:  # which all have the same forms
+        branches["default"] = on(others[0])
+
+    def forward(images):
+        return jax.lax.platform_dependent(variables, images, **branches)
+
+    images = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return jax.export.export(jax.jit(forward), platforms=platforms)(images)
+
+
+def write(path: Path, exported: jax.export.Exported, model: VVT, card: Mapping[str, Any]) -> Path:
+    """Writes the program, and its description to FILE.json, whose path is returned."""
+    content = bytes(exported.serialize())
+    description = {
+        "input": {"images": str(exported.in_avals[0])},
+        "output": str(exported.out_avals[0]),
+        "platforms": list(exported.platforms),
+        "jax_version": jax.__version__,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "num_classes": model.num_classes,
+        **{key: card[key] for key in ("preprocessing", "class_names") if key in card},
+    }
+    beside = path.with_name(f"{path.name}.json")
+    for place, what in ((path, content), (beside, json.dumps(description, indent=2).encode())):
+        temporary = place.with_name(f"{place.name}.tmp")
+        temporary.write_bytes(what)
+        temporary.replace(place)
+    return beside
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _parse(arguments)
+    try:
+        size, batch = _size(options.size), _count("--batch", options.batch)
+        platforms = options.platforms.split(",")
+        for platform in platforms:
+            if platform not in PLATFORMS:
+                raise UserError(
+                    f"--platforms={options.platforms} has {platform!r}: it takes some of "
+                    f"{','.join(PLATFORMS)}."
+                )
+        _check_out(options.out, options.force)
+        fields = parse_fields(options.set)
+        model, variables, card = load_pretrained(options.model, options.name, **fields)
+        if options.size is None:
+            height, width = card.get("preprocessing", {}).get("size", (224, 224))
+            size = (height, width)
+        exported = export_model(model, variables, size=size, batch=batch, platforms=platforms)
+        beside = write(options.out, exported, model, card)
+    except ValueError as error:  # UserError, and fields that a model does not have
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: {error.filename or options.out} can't be written: {error.strerror}.")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    megabytes = options.out.stat().st_size / 1e6
+    print(
+        f"{options.out} ({megabytes:.1f} MB) takes {exported.in_avals[0]} on "
+        f"{', '.join(platforms)}; what it wants to be fed is in {beside}."
+    )
+
+
+def _check_out(out: Path, force: bool) -> None:
+    for place in (out, out.with_name(f"{out.name}.json")):
+        if place.is_dir():
+            raise UserError(f"{place} is a folder, and a file is to go there.")
+        check_output(place, force=force)
+    if not out.parent.is_dir():
+        raise UserError(f"There is no folder {out.parent} to write {out.name} into.")
+    if not os.access(out.parent, os.W_OK):
+        raise UserError(f"{out.parent} may not be written.")
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    """Height and width; None where they are symbolic."""
+    if text is None or text == SYMBOLIC:
+        return None
+    sides = [_count("--size", side) for side in text.split("x")]
+    if len(sides) > 2 or None in sides or min(filter(None, sides)) < SMALLEST_SIDE:
+        raise UserError(
+            f"--size={text} is no size: it takes pixels or HEIGHTxWIDTH, from {SMALLEST_SIDE} up, "
+            f"or {SYMBOLIC}."
+        )
+    return sides[0] or 0, sides[-1] or 0
+
+
+def _count(flag: str, text: str) -> int | None:
+    if text == SYMBOLIC:
+        return None
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= _MOST):
+        raise UserError(f"{flag}={text} is no number from 1 to {_MOST}, nor {SYMBOLIC}.")
+    return int(text[:9])
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m vvt_jax.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", help="a model folder, hf:// address or published .pth")
+    parser.add_argument("--out", type=Path, required=True, help="FILE; FILE.json goes beside it")
+    parser.add_argument("--batch", default=SYMBOLIC, help="images a call; default: %(default)s")
+    parser.add_argument(
+        "--size", help="pixels, HEIGHTxWIDTH or symbolic; default: that of the model's card"
+    )
+    parser.add_argument(
+        "--platforms", default="cpu,cuda,tpu", help="that it runs on; default: %(default)s"
+    )
+    parser.add_argument("--name", help="of the model, where a .pth doesn't tell")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a field of the model"
+    )
+    parser.add_argument("--force", action="store_true", help="replace what is there")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()
