@@ -91,9 +91,7 @@ def count(model: VVT, height: int, width: int) -> list[LayerCost]:
             activations[path] += product.outputs
     for product in done:
         actual[product.path] += product.multiply_adds
-    return [
-        LayerCost(path, published[path], actual[path], activations[path]) for path in published
-    ]
+    return [LayerCost(path, published[path], actual[path], activations[path]) for path in published]
 
 
 def _attention_products(model: VVT, maps: Any, path: str) -> int:

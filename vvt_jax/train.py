@@ -33,6 +33,7 @@ from vvt_jax.recipe.step import Totals, TrainState, init_state, make_train_step
 from vvt_jax.reporting import Reporter, describe
 from vvt_jax.timing import Stopwatch, Trace
 
+_LAYOUT_LINES = 12  # of the table of what devices hold, that are printed
 _STEPS_AHEAD = 2  # steps given to the devices and not waited for: more would only hold batches
 
 
@@ -88,7 +89,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
         reporter = stack.enter_context(
             Reporter(workdir, start_step=step, total_steps=run.total_steps)
         )
-        for line in [*told, run.describe()]:
+        for line in [*told, run.describe(), *run.describe_layout(workdir / "layout.txt")]:
             reporter.say(line)
         if step:
             reporter.say(f"Resumed at step {step} of {run.total_steps}.")
@@ -257,6 +258,17 @@ class _Run:
             f"logs every {log}, evaluates every {measure}, saves every {save}."
             + ("" if self._peak_flops else " Model-FLOPs utilisation: unknown for these devices.")
         )
+
+    def describe_layout(self, path: Path) -> list[str]:
+        """The mesh and its forms; of several devices also what they hold, all of it in a file."""
+        told = [parallel.describe_mesh(self.mesh)]
+        if self.mesh.devices.size > 1:
+            report = parallel.layout_report(self.abstract_state)
+            if jax.process_index() == 0:
+                path.write_text(report + "\n", encoding="utf-8")
+            shown = parallel.layout_report(self.abstract_state, longest=_LAYOUT_LINES)
+            told.append(f"{shown}\nThe whole table is in {path}.")
+        return told
 
     def init_state(self) -> TrainState:
         """The state before the first step, laid out on the devices."""
