@@ -6,9 +6,9 @@
     python -m vvt_jax.benchmark --batch=64 --train --set dtype=bfloat16 --target=v5e:2x2
     python -m vvt_jax.benchmark --size=4096 --mesh=spatial:8
 
-On a CPU, devices of the mesh that are not there are simulated. Timings are of the very programs that
-evaluation and training run, in turn with a matrix product: the share of its rate says how well a
-program uses the machine, however noisy that is.
+On a CPU, devices of the mesh that are not there are simulated. Timings are of the very programs
+that evaluation and training run, in turn with a matrix product: the share of its rate says how well
+a program uses the machine, however noisy that is.
 """
 
 import argparse

@@ -151,36 +151,33 @@ def layout_table(abstract_state: Any) -> list[tuple[str, str, str, int]]:
     ]
 
 
-def layout_report(abstract_state: Any, longest: int | None = None) -> str:
-    """`layout_table` as text, with the bytes of each part of the state and of all on one device.
+def layout_report(abstract_state: Any, largest: int | None = None) -> str:
+    """`layout_table` as text, then the bytes of each part of the state, and of all, on a device.
 
     Args:
-        abstract_state: a tree of `jax.ShapeDtypeStruct` with shardings.
-        longest: arrays that are listed, those that take most; by default all, in their order.
+        abstract_state: a training state of `jax.ShapeDtypeStruct` with shardings.
+        largest: parameters that are listed, those that take most; by default all arrays of the
+            state, in their order.
     """
     table = layout_table(abstract_state)
     sums: collections.Counter[str] = collections.Counter()
     for path, _, _, size in table:
         sums[path.partition("/")[0]] += size
     shown = table
-    if longest is not None and len(table) > longest:
-        shown = sorted(table, key=lambda row: -row[3])[:longest]
+    if largest is not None:  # the optimizer's state lies as the parameters do
+        parameters = [row for row in table if row[0].startswith("params/")]
+        shown = sorted(parameters, key=lambda row: -row[3])[:largest]
     lines = [("array", "shape", "partition", "bytes a device")]
     lines += [(path, shape, spec, f"{size:,}") for path, shape, spec, size in shown]
     if left := len(table) - len(shown):
-        rest = sum(row[3] for row in table) - sum(row[3] for row in shown)
-        lines.append((f"{left} smaller ones", "", "", f"{rest:,}"))
-    lines += [(f"sum of {part}", "", "", f"{size:,}") for part, size in sums.items() if size > 64]
+        lines.append((f"and {left} more", "", "", ""))
+    lines += [(f"sum of {part}", "", "", f"{size:,}") for part, size in sums.items()]
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_state))
     lines.append((f"sum, of {whole:,} in all", "", "", f"{sum(sums.values()):,}"))
-    widths = [max(len(line[column]) for line in lines) for column in range(4)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
-        "  ".join(
-            [
-                *(c.ljust(w) for c, w in zip(line[:3], widths, strict=False)),
-                line[3].rjust(widths[3]),
-            ]
-        )
+        "  ".join(cell.ljust(width) for cell, width in zip(line[:3], widths[:3], strict=True))
+        + f"  {line[3].rjust(widths[3])}".rstrip()
         for line in lines
     )
 

@@ -33,7 +33,7 @@ from vvt_jax.recipe.step import Totals, TrainState, init_state, make_train_step
 from vvt_jax.reporting import Reporter, describe
 from vvt_jax.timing import Stopwatch, Trace
 
-_LAYOUT_LINES = 12  # of the table of what devices hold, that are printed
+_LAYOUT_LINES = 8  # of the table of what devices hold, that are printed
 _STEPS_AHEAD = 2  # steps given to the devices and not waited for: more would only hold batches
 
 
@@ -266,7 +266,7 @@ class _Run:
             report = parallel.layout_report(self.abstract_state)
             if jax.process_index() == 0:
                 path.write_text(report + "\n", encoding="utf-8")
-            shown = parallel.layout_report(self.abstract_state, longest=_LAYOUT_LINES)
+            shown = parallel.layout_report(self.abstract_state, largest=_LAYOUT_LINES)
             told.append(f"{shown}\nThe whole table is in {path}.")
         return told
 
