@@ -44,10 +44,10 @@ class NonFiniteLossError(UserError):
 def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     """Trains as the config says, or goes on with what the workdir holds, and evaluates.
 
-    The workdir gets `config.json`, `checkpoints/`, `metrics.jsonl`, TensorBoard files and, from the
-    first evaluation on, `model/`: a `save_pretrained` folder of the weights with the highest
-    validation top-1 so far (the averaged ones where `optimizer.ema_decay` is set; the last ones
-    where there is no validation split).
+    The workdir gets `config.json`, `layout.txt` (what each device holds), `checkpoints/`,
+    `metrics.jsonl`, TensorBoard files and, from the first evaluation on, `model/`: a
+    `save_pretrained` folder of the weights with the highest validation top-1 so far (the averaged
+    ones where `optimizer.ema_decay` is set; the last ones where there is no validation split).
 
     Args:
         config: see `configs/common.py`.
@@ -260,12 +260,11 @@ class _Run:
         )
 
     def describe_layout(self, path: Path) -> list[str]:
-        """The mesh and its forms; of several devices also what they hold, all of it in a file."""
+        """The mesh and its forms, and what each of several devices holds; all of that in a file."""
         told = [parallel.describe_mesh(self.mesh)]
+        if jax.process_index() == 0:
+            path.write_text(parallel.layout_report(self.abstract_state) + "\n", encoding="utf-8")
         if self.mesh.devices.size > 1:
-            report = parallel.layout_report(self.abstract_state)
-            if jax.process_index() == 0:
-                path.write_text(report + "\n", encoding="utf-8")
             shown = parallel.layout_report(self.abstract_state, largest=_LAYOUT_LINES)
             told.append(f"{shown}\nThe whole table is in {path}.")
         return told
