@@ -71,6 +71,7 @@ def get_config(_: str = "") -> ConfigDict:
     config.model.num_classes = placeholder(int)  # None: as many as the data set has
     config.model.dtype = placeholder(str)  # "float32", "bfloat16"
     config.model.remat = placeholder(bool)
+    config.model.ffn_bands = placeholder(int)  # bands of rows, for images too large for memory
     config.model.unroll = placeholder(bool)
 
     config.data = ConfigDict()

@@ -17,7 +17,10 @@ _SMALL = ["--model=vvt_nano", "--size=32x64", "--batch=2", "--seconds=0.1"]
 
 
 def _run(*flags, devices=1):
-    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    environment = {**os.environ}
+    environment.pop("XLA_FLAGS", None)
+    if devices:
+        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.run(
         [sys.executable, "-m", "vvt_jax.benchmark", *flags],
         cwd=ROOT,
@@ -75,7 +78,7 @@ def test_comparison_prints_ratios_and_takes_fields_and_forms(capsys):
         (["--size=big"], "The size 'big' is not understood"),
         (["--size=16"], "at least 32 pixels"),
         (["--mesh=rows:2"], "The mesh 'rows:2' is not understood"),
-        (["--mesh=data:2"], "config.mesh"),
+        (["--mesh=data:0"], "config.mesh"),
         (["--batch=0"], "batch"),
     ],
 )
@@ -126,8 +129,16 @@ def test_temporaries_of_the_forward_pass(size, batch, expected):
 
 
 @pytest.mark.slow
-def test_rows_over_devices_trade_halos_and_small_sums_alone(tmp_path):
-    done = _run("--size=256", "--mesh=spatial:8", "--no-run", f"--json={tmp_path / 'r'}", devices=8)
+@pytest.mark.parametrize(
+    ("bands", "permutes"),
+    [
+        (1, 8 * 2 + 4),  # two a depthwise convolution and one a patch embedding
+        (4, 8 * 2 + 4),  # two a feed-forward network, of maps before they widen
+    ],
+)
+def test_rows_over_devices_trade_halos_and_small_sums_alone(tmp_path, bands, permutes):
+    flags = ["--size=256", "--mesh=spatial:8", "--set", f"ffn_bands={bands}", "--no-run"]
+    done = _run(*flags, f"--json={tmp_path / 'r'}", devices=None)
     assert done.returncode == 0, done.stderr
     (result,) = json.loads((tmp_path / "r").read_text())
     assert result["forms"] == {
@@ -136,5 +147,4 @@ def test_rows_over_devices_trade_halos_and_small_sums_alone(tmp_path):
         "gelu": "recomputed",
     }
     assert set(result["collectives"]) == {"collective-permute", "all-reduce"}
-    # two a depthwise convolution and one a patch embedding
-    assert result["collectives"]["collective-permute"]["count"] == 8 * 2 + 4
+    assert result["collectives"]["collective-permute"]["count"] == permutes

@@ -65,6 +65,20 @@ def test_forms_differ_in_what_is_done_alone():
             assert other.actual == one.actual == one.published
 
 
+def test_bands_cost_the_same_but_for_the_rows_that_two_of_them_make():
+    model = vvt_jax.create_model("vvt_nano")
+    whole = costs.count(model, 64, 96)
+    bands = costs.count(model.clone(ffn_bands=4), 64, 96)  # of 4 rows and 2 more in stage 1
+    assert [(x.path, x.published, x.activations) for x in bands] == [
+        (x.path, x.published, x.activations) for x in whole
+    ]
+    actual = {x.path: x.actual for x in bands}
+    for x in whole:
+        more = {"stage1/blocks/feed_forward/fc1": 1.5, "stage1/blocks/feed_forward/depthwise": 1.5}
+        if x.path.startswith("stage1") or "feed_forward" not in x.path:
+            assert actual[x.path] == more.get(x.path, 1) * x.actual
+
+
 def test_a_small_model_by_hand():
     model = vvt_jax.create_model("vvt_nano", num_classes=10)
     layers = {layer.path: layer for layer in costs.count(model, 32, 64)}

@@ -70,6 +70,12 @@ _LAYOUTS = """
                 jax.tree.leaves_with_path(state), jax.tree.leaves(shardings), strict=True
             )
         }
+        if axis == "fsdp":
+            abstract = parallel.abstract(shardings, state)
+            told["report"] = parallel.layout_report(abstract).splitlines()
+            told["short_report"] = parallel.layout_report(abstract, largest=2).splitlines()
+            told["whole"] = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    told["described"] = [parallel.describe_mesh(mesh(*s)) for s in ((8, 1, 1), (1, 1, 8, 64, 256))]
     batch = parallel.batch_shardings(mesh(2, 2, 2), ["image", "label", "mask"])
     arrays = {"image": jnp.zeros((8, 32, 32, 3)), "label": jnp.zeros(8), "mask": jnp.zeros(8)}
     told["batch"] = {k: list(s.shard_shape(arrays[k].shape)) for k, s in batch.items()}
@@ -149,6 +155,43 @@ def test_optimizer_state_and_average_lie_as_their_parameters(layouts):
         assert all(table[other] == layout for other in others), path
 
 
+def test_report_of_the_layout(layouts):
+    heading, *rows = layouts["report"]
+    assert heading.split() == ["array", "shape", "partition", "bytes", "a", "device"]
+    assert sum(not row.startswith("sum") for row in rows) == len(layouts["fsdp"])
+    name = "params/stage1/blocks/feed_forward/fc1/kernel"
+    (row,) = (row for row in rows if row.startswith(name))
+    size = f"{256 * 32 * 128 * 4 // 8:,}"
+    assert row.split() == [name, "256x32x128", "-,", "-,", "fsdp", size]
+    listed = sum(int(row.split()[-1].replace(",", "")) for row in rows if row[:3] != "sum")
+    total = int(rows[-1].split()[-1].replace(",", ""))
+    assert total == listed
+    assert f"{layouts['whole']:,} in all" in rows[-1]
+    assert layouts["whole"] / 8 <= total <= 1.05 * layouts["whole"] / 8
+    assert {row.split()[2] for row in rows[:-1] if row.startswith("sum of")} == {
+        "step", "seed", "params", "opt_state", "ema", "totals"
+    }  # fmt: skip
+
+
+def test_short_report_lists_the_largest_parameters(layouts):
+    _, *rows = layouts["short_report"]
+    assert [row.split()[0] for row in rows[:2]] == [
+        "params/stage1/blocks/feed_forward/fc1/kernel",
+        "params/stage1/blocks/feed_forward/fc2/kernel",
+    ]
+    assert rows[2].split() == ["and", str(len(layouts["fsdp"]) - 2), "more"]
+    sums = [row.split() for row in layouts["report"] if row.startswith("sum")]
+    assert [row.split() for row in rows[3:]] == sums
+
+
+def test_description_of_a_mesh_has_the_forms_chosen_for_it(layouts):
+    data, spatial = layouts["described"]
+    assert data.startswith("8 device(s) of kind cpu: data 8 x fsdp 1 x spatial 1.")
+    assert data.endswith("Forms: depthwise shift, attention separable, gelu kept.")
+    assert "spatial 8" in spatial
+    assert spatial.endswith("Forms: depthwise grouped, attention concatenated, gelu recomputed.")
+
+
 def test_without_fsdp_the_state_is_whole_everywhere(layouts):
     assert {tuple(spec) for _, spec in layouts["data"].values()} == {()}
 
@@ -219,7 +262,6 @@ _GRADIENTS = """
         prepare_batch, preprocessing={"mean": [0.5] * 3, "std": [0.5] * 3}, augment=augment,
         label_smoothing=0.1, num_classes=10,
     )
-    step = make_train_step(model, optimizer, prepare=prepare)
     options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     init = jax.jit(
         lambda: init_state(model, optimizer, (1, 256, 32, 3), 0, ema=False),
@@ -232,33 +274,41 @@ _GRADIENTS = """
         "label": rng.integers(10, size=8).astype(np.int32),
     }
 
-    def run(sizes):
+    def forward_and_step(bands, state, batch):
+        cut = model.clone(ffn_bands=bands)
+        images, _ = prepare(batch, jax.random.key(1))
+        logits = cut.apply(state.variables(), images)
+        return logits, make_train_step(cut, optimizer, prepare=prepare)(state, batch)
+
+    def run(sizes, bands=1):
+        program = functools.partial(forward_and_step, bands)
         if sizes is None:
-            done = jax.jit(step, compiler_options=options)(start, batch)
-            return jax.device_get(done)
+            return jax.device_get(jax.jit(program, compiler_options=options)(start, batch))
         mesh = parallel.make_mesh(dict(zip(parallel.AXES, sizes)), 8)
         shardings = parallel.state_shardings(mesh, start)
         state = jax.device_put(start, shardings)
         (on_devices,) = parallel.to_devices([batch], mesh)
-        done = jax.jit(
-            step, donate_argnums=0, out_shardings=shardings, compiler_options=options
-        )(state, on_devices)
+        with parallel.compiling_for(mesh):
+            logits, done = jax.jit(
+                program, donate_argnums=0, out_shardings=(None, shardings), compiler_options=options
+            )(state, on_devices)
         assert jax.tree.map(lambda x: x.sharding, done) == shardings
-        return jax.device_get(done)
+        return jax.device_get((logits, done))
 
     def gradients(state):  # the first moment after one step is a tenth of them
         return jax.tree.leaves(optax.tree.get(state.opt_state, "mu"))
 
-    one, told = run(None), {}
+    (logits, one), told = run(None), {}
     norm = np.sqrt(sum(np.square(g).sum() for g in gradients(one)))
-    for sizes in ((8, 1, 1), (1, 8, 1), (1, 1, 8)):
-        other = run(sizes)
+    for sizes in ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 1, 8, 2)):
+        other_logits, other = run(sizes[:3], *sizes[3:])
         far = np.sqrt(sum(np.square(a - b).sum() for a, b in
                           zip(gradients(one), gradients(other), strict=True)))
         told[str(sizes)] = {
             "loss": [float(one.totals.loss), float(other.totals.loss)],
             "grad_norm": [float(one.totals.grad_norm), float(other.totals.grad_norm)],
             "gradients": float(far / norm),
+            "logits": float(np.abs(logits - other_logits).max() / np.abs(logits).max()),
         }
     print(json.dumps(told))
 """
@@ -266,9 +316,11 @@ _GRADIENTS = """
 
 @pytest.mark.slow
 def test_a_step_on_eight_devices_equals_one_on_one(compilation_cache):
+    """The last with feed-forward networks in two bands of rows."""
     told = _on_eight_devices(_GRADIENTS, JAX_COMPILATION_CACHE_DIR=str(compilation_cache))
-    assert set(told) == {"(8, 1, 1)", "(1, 8, 1)", "(1, 1, 8)"}
+    assert list(told) == ["(8, 1, 1)", "(1, 8, 1)", "(1, 1, 8)", "(2, 2, 2)", "(1, 1, 8, 2)"]
     for mesh, found in told.items():
         for name in ("loss", "grad_norm"):
             np.testing.assert_allclose(*found[name], rtol=1e-5, err_msg=f"{mesh} {name}")
-        assert 0 <= found["gradients"] < 1e-5, mesh
+        for name in ("gradients", "logits"):
+            assert 0 <= found[name] < 1e-5, f"{mesh} {name} {found[name]}"

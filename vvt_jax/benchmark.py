@@ -4,9 +4,11 @@
     python -m vvt_jax.benchmark --model=vvt_tiny --batch=4 --train
     python -m vvt_jax.benchmark --size=512 --compare attention=vicinity attention=softmax
     python -m vvt_jax.benchmark --batch=64 --train --set dtype=bfloat16 --target=v5e:2x2
+    python -m vvt_jax.benchmark --size=4096 --mesh=spatial:8
 
-Timings are of the very programs that evaluation and training run, in turn with a matrix product:
-the share of its rate says how well a program uses the machine, however noisy that is.
+On a CPU, devices of the mesh that are not there are simulated. Timings are of the very programs
+that evaluation and training run, in turn with a matrix product: the share of its rate says how well
+a program uses the machine, however noisy that is.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import ast
 import dataclasses
 import functools
 import json
+import math
 import os
 import statistics
 import sys
@@ -208,8 +211,7 @@ class Program:
     @functools.cached_property
     def chosen_forms(self) -> forms.Forms:
         """The forms that the program was compiled with."""
-        spatial = self._mesh.shape["spatial"]
-        place = forms.compiling_for(self.platform, spatial=spatial)
+        place = parallel.compiling_for(self._mesh)
         with place, forms.use(**self.setting.forms) as chosen:
             return chosen
 
@@ -490,7 +492,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="'NAME=VALUE ...'",
         help="fields of the model, e.g. 'dtype=bfloat16 depths=(2,2,6,2)', or form.depthwise=...",
     )
-    parser.add_argument("--mesh", default="data:1", help="e.g. data:2,spatial:2")
+    parser.add_argument(
+        "--mesh", default="data:1", help="e.g. data:2,spatial:2; a CPU simulates the devices"
+    )
     parser.add_argument("--target", help="compile for a TPU that is not there, e.g. v5e:2x2")
     parser.add_argument(
         "--compare",
@@ -518,6 +522,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         mesh=parse_mesh(flags.mesh),
     ).changed(flags.set)
     settings = [base.changed(text) for text in flags.compare] if flags.compare else [base]
+    wanted = max(math.prod(setting.mesh.values()) for setting in settings)
+    if wanted > 1 and not flags.target:
+        parallel.simulate_devices(wanted)
     devices = target_devices(flags.target) if flags.target else None
     programs = [Program(setting, devices) for setting in settings]
     results = [program.describe() for program in programs]

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -71,23 +72,26 @@ def count(model: VVT, height: int, width: int) -> list[LayerCost]:
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     features = functools.partial(model.apply, method="features")
     maps = jax.eval_shape(features, variables, images)
-    with forms.use(depthwise="grouped"):  # its forms differ in speed, not in multiply-adds
-        program = jax.make_jaxpr(model.apply)(variables, images)
+
+    def products(model: VVT) -> list[_Product]:
+        with forms.use(depthwise="grouped"):  # its forms differ in speed, not in multiply-adds
+            return list(_walk(jax.make_jaxpr(model.apply)(variables, images).jaxpr, "", 1))
+
+    done = products(model)
+    whole = products(model.clone(ffn_bands=1)) if model.ffn_bands > 1 else done
     published: dict[str, int] = {}
-    actual: dict[str, int] = {}
-    activations: dict[str, int] = {}
-    for product in _walk(program.jaxpr, "", 1):
+    actual: Counter[str] = Counter()
+    activations: Counter[str] = Counter()
+    for product in whole:
         path = product.path
         if path not in published:  # dicts keep the order of the forward pass
             published[path] = _attention_products(model, maps, path)
-        actual[path] = actual.get(path, 0) + product.multiply_adds
         if not _ATTENTION.fullmatch(path):
             published[path] += product.multiply_adds
-            activations[path] = activations.get(path, 0) + product.outputs
-    return [
-        LayerCost(path, published[path], actual[path], activations.get(path, 0))
-        for path in published
-    ]
+            activations[path] += product.outputs
+    for product in done:
+        actual[product.path] += product.multiply_adds
+    return [LayerCost(path, published[path], actual[path], activations[path]) for path in published]
 
 
 def _attention_products(model: VVT, maps: Any, path: str) -> int:

@@ -50,6 +50,7 @@ _override: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVa
 _place: contextvars.ContextVar[Forms | None] = contextvars.ContextVar(
     "vvt_jax_forms_place", default=None
 )
+_spatial: contextvars.ContextVar[int] = contextvars.ContextVar("vvt_jax_forms_spatial", default=1)
 
 
 def choose(platform: str, *, spatial: int = 1) -> Forms:
@@ -73,14 +74,21 @@ def current() -> Forms:
     return dataclasses.replace(chosen, **(_override.get() or {}))
 
 
+def spatial_devices() -> int:
+    """Devices that share the rows of an image, as a surrounding `compiling_for` says."""
+    return _spatial.get()
+
+
 @contextlib.contextmanager
 def compiling_for(platform: str, *, spatial: int = 1) -> Iterator[Forms]:
     """Takes the forms that `choose` gives, for what is traced inside; `use` overrides them."""
-    token = _place.set(choose(platform, spatial=spatial))
+    place = _place.set(choose(platform, spatial=spatial))
+    devices = _spatial.set(spatial)
     try:
         yield current()
     finally:
-        _place.reset(token)
+        _spatial.reset(devices)
+        _place.reset(place)
 
 
 @contextlib.contextmanager

@@ -22,8 +22,10 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(argv: list[str]) -> None:
-    from vvt_jax.train import Interrupted, train_and_evaluate  # after --help and flag errors
+    from vvt_jax import parallel  # after --help and flag errors
+    from vvt_jax.train import Interrupted, train_and_evaluate
 
+    parallel.give_simulated_devices_time()
     try:
         if argv[1:]:
             raise ConfigError(f"Not a flag: {argv[1]}; a field is given as --config.field=value.")

@@ -1,8 +1,11 @@
 """Devices: the mesh, what is laid out where, and the way of a batch onto the devices."""
 
 import collections
+import contextlib
+import dataclasses
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +20,11 @@ AXES = ("data", "fsdp", "spatial")
 _BATCH = PartitionSpec(("data", "fsdp"))
 _IMAGES = PartitionSpec(("data", "fsdp"), "spatial")  # rows of an image over "spatial"
 _WITH_ROWS = ("image", "segmentation")  # arrays of a batch that have an image's rows
+_SIMULATING = "xla_force_host_platform_device_count"
+_PATIENCE = (  # of simulated devices, seconds
+    "--xla_cpu_collective_call_warn_stuck_timeout_seconds=600",
+    "--xla_cpu_collective_call_terminate_timeout_seconds=3600",
+)
 _IN_FLIGHT = 2  # batches that are on their way to the devices while one is computed
 
 
@@ -66,7 +74,8 @@ def make_mesh(
             "an image (mesh spatial)."
         )
     # Measured: over 8 devices, weight gradients of strided convolutions come out wrong by tenths,
-    # without a word, where maps have fewer rows (XLA of jax 0.10); over 2 and 4 they are right.
+    # without a word, where maps have fewer rows (XLA of jax 0.10; a 3×3 kernel, stride 2, from 8
+    # rows to 4: by 0.4 of the largest); over 2 and 4 they are right.
     if height is not None and shape[2] > max(4, rows := math.ceil(height / stride)):
         raise UserError(
             f"config.mesh.spatial={shape[2]} is too much for images of {height} rows: the model's "
@@ -102,15 +111,101 @@ def compile_program(
         out_shardings: of the results; by default the compiler's choice.
     """
     mesh = jax.tree.leaves(arguments)[0].sharding.mesh
-    platform = mesh.devices.flat[0].platform
     program = jax.jit(
         function,
         donate_argnums=donate,
         out_shardings=out_shardings,
-        compiler_options=forms.compiler_options(use, platform),
+        compiler_options=forms.compiler_options(use, mesh.devices.flat[0].platform),
     )
-    with forms.compiling_for(platform, spatial=mesh.shape["spatial"]):
+    with compiling_for(mesh):
         return program.lower(*arguments).compile()
+
+
+def compiling_for(mesh: Mesh) -> contextlib.AbstractContextManager[forms.Forms]:
+    """`forms.compiling_for` with the platform of a mesh and the devices that share its images."""
+    platform = mesh.devices.flat[0].platform
+    return forms.compiling_for(platform, spatial=mesh.shape["spatial"])
+
+
+def describe_mesh(mesh: Mesh) -> str:
+    """The mesh and the forms chosen for it, in a line."""
+    with compiling_for(mesh) as chosen:
+        told = ", ".join(f"{name} {form}" for name, form in dataclasses.asdict(chosen).items())
+    axes = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
+    count, kind = mesh.devices.size, mesh.devices.flat[0].device_kind
+    return f"{count} device(s) of kind {kind}: {axes}. Forms: {told}."
+
+
+def layout_table(abstract_state: Any) -> list[tuple[str, str, str, int]]:
+    """Path, shape, partition and bytes on one device of every array of a state, in its order.
+
+    Args:
+        abstract_state: a tree of `jax.ShapeDtypeStruct` with shardings.
+    """
+    return [
+        (
+            jax.tree_util.keystr(path, simple=True, separator="/"),
+            "x".join(map(str, leaf.shape)) or "scalar",
+            ", ".join(str(axis or "-") for axis in leaf.sharding.spec) or "whole",
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
+        )
+        for path, leaf in jax.tree.leaves_with_path(abstract_state)
+    ]
+
+
+def layout_report(abstract_state: Any, largest: int | None = None) -> str:
+    """`layout_table` as text, then the bytes of each part of the state, and of all, on a device.
+
+    Args:
+        abstract_state: a training state of `jax.ShapeDtypeStruct` with shardings.
+        largest: parameters that are listed, those that take most; by default all arrays of the
+            state, in their order.
+    """
+    table = layout_table(abstract_state)
+    sums: collections.Counter[str] = collections.Counter()
+    for path, _, _, size in table:
+        sums[path.partition("/")[0]] += size
+    shown = table
+    if largest is not None:  # the optimizer's state lies as the parameters do
+        parameters = [row for row in table if row[0].startswith("params/")]
+        shown = sorted(parameters, key=lambda row: -row[3])[:largest]
+    lines = [("array", "shape", "partition", "bytes a device")]
+    lines += [(path, shape, spec, f"{size:,}") for path, shape, spec, size in shown]
+    if left := len(table) - len(shown):
+        lines.append((f"and {left} more", "", "", ""))
+    lines += [(f"sum of {part}", "", "", f"{size:,}") for part, size in sums.items()]
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_state))
+    lines.append((f"sum, of {whole:,} in all", "", "", f"{sum(sums.values()):,}"))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line[:3], widths[:3], strict=True))
+        + f"  {line[3].rjust(widths[3])}".rstrip()
+        for line in lines
+    )
+
+
+def simulate_devices(count: int) -> None:
+    """Lets a CPU stand for so many devices, unless `XLA_FLAGS` says how many it is.
+
+    Has to come before the first use of jax's devices; later it does nothing.
+    """
+    if _SIMULATING not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):  # in use already
+            jax.config.update("jax_num_cpu_devices", count)
+    give_simulated_devices_time()
+
+
+def give_simulated_devices_time() -> None:
+    """Lets devices that share a CPU wait for one another for an hour instead of 40 seconds.
+
+    XLA ends the program where one of them is that late, as with large images and few cores they all
+    are. Does nothing where no devices are simulated, or where `XLA_FLAGS` says how long; has to
+    come before the first use of jax's devices.
+    """
+    given = os.environ.get("XLA_FLAGS", "")
+    if _SIMULATING in given or jax.config.jax_num_cpu_devices > 1:
+        missing = [flag for flag in _PATIENCE if flag.partition("=")[0] not in given]
+        os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:

@@ -36,6 +36,7 @@ from vvt_jax.storage import AnyPath
 from vvt_jax.tasks import Measured, make_task, naming
 from vvt_jax.timing import Stopwatch, Trace
 
+_LAYOUT_LINES = 8  # of the table of what devices hold, that are printed
 _STEPS_AHEAD = 2  # steps given to the devices and not waited for: more would only hold batches
 
 
@@ -46,10 +47,11 @@ class NonFiniteLossError(UserError):
 def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     """Trains as the config says, or goes on with what the workdir holds, and evaluates.
 
-    The workdir gets `config.json`, `checkpoints/`, `metrics.jsonl`, TensorBoard files and, from the
-    first evaluation on, `model/`: a `save_pretrained` folder of the weights with the highest
-    validation top-1 (or mIoU) so far (the averaged ones where `optimizer.ema_decay` is set; the
-    last ones where there is no validation split).
+    The workdir gets `config.json`, `layout.txt` (what each device holds), `checkpoints/`,
+    `metrics.jsonl`, TensorBoard files and, from the first evaluation on, `model/`: a
+    `save_pretrained` folder of the weights with the highest validation top-1 (or mIoU) so far (the
+    averaged ones where `optimizer.ema_decay` is set; the last ones where there is no validation
+    split).
 
     Args:
         config: see `configs/common.py`.
@@ -100,7 +102,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
         reporter = stack.enter_context(
             make_reporter(workdir, start_step=step, total_steps=run.total_steps)
         )
-        for line in [*told, run.describe()]:
+        for line in [*told, run.describe(), *run.describe_layout(workdir / "layout.txt")]:
             reporter.say(line)
         if step:
             reporter.say(f"Resumed at step {step} of {run.total_steps}.")
@@ -272,6 +274,16 @@ class _Run:
             f"logs every {log}, evaluates every {measure}, saves every {save}."
             + ("" if self._peak_flops else " Model-FLOPs utilisation: unknown for these devices.")
         )
+
+    def describe_layout(self, path: AnyPath) -> list[str]:
+        """The mesh and its forms, and what each of several devices holds; all of that in a file."""
+        told = [parallel.describe_mesh(self.mesh)]
+        if hosts.is_first():
+            storage.replace(path, (parallel.layout_report(self.abstract_state) + "\n").encode())
+        if self.mesh.devices.size > 1:
+            shown = parallel.layout_report(self.abstract_state, largest=_LAYOUT_LINES)
+            told.append(f"{shown}\nThe whole table is in {path}.")
+        return told
 
     def init_state(self) -> TrainState:
         """The state before the first step, laid out on the devices."""

@@ -224,6 +224,44 @@ def test_feed_forward_is_linear_depthwise_exact_gelu_linear():
     np.testing.assert_allclose(_apply(module, variables, x), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("height", "bands", "groups", "depthwise"),
+    [
+        (9, 4, 1, "shift"),
+        (3, 8, 1, "shift"),
+        (12, 2, 3, "grouped"),
+        pytest.param(8, 4, 1, "grouped", marks=pytest.mark.slow),
+        pytest.param(10, 2, 4, "grouped", marks=pytest.mark.slow),
+        pytest.param(12, 3, 2, "shift", marks=pytest.mark.slow),
+    ],
+)
+def test_bands_of_rows_give_the_same_value_and_gradients(height, bands, groups, depthwise):
+    """Of any height, and cut within the rows that each of several devices would hold."""
+    x = _images(2, height, 3, 4)
+    whole, cut = (layers.ConvFeedForward(hidden=8, bands=n) for n in (1, bands))
+    variables = _random_variables(whole, x)
+    chex.assert_trees_all_equal_shapes(_random_variables(cut, x), variables)
+    expected = _value_and_gradients(whole.apply, variables, x)
+    with forms.compiling_for("cpu", spatial=groups), forms.use(depthwise=depthwise):
+        actual = _value_and_gradients(cut.apply, variables, x)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_bands_never_make_the_whole_hidden_map():
+    """In either pass: one whole map would take more than all temporaries do."""
+    x = jax.ShapeDtypeStruct((1, 512, 64, 8), jnp.float32)
+    temporaries = []
+    for bands in (1, 64):
+        module = layers.ConvFeedForward(hidden=64, bands=bands)
+        variables = jax.eval_shape(module.init, jax.random.key(0), x)
+        gradient = jax.grad(lambda *a, module=module: jnp.square(module.apply(*a)).sum(), (0, 1))
+        compiled = jax.jit(gradient).lower(variables, x).compile()
+        temporaries.append(compiled.memory_analysis().temp_size_in_bytes)
+    hidden_map = 4 * 512 * 64 * 64
+    assert temporaries[0] > 2 * hidden_map
+    assert temporaries[1] < hidden_map
+
+
 # Drop path
 
 

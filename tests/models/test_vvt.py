@@ -298,6 +298,28 @@ def test_clamp_changes_the_result_where_weights_are_small():
     assert jnp.abs(results[0] - results[1]).max() > 1e-2
 
 
+def test_bands_are_fewer_where_hidden_maps_are_smaller():
+    bands = []
+
+    def record(call, args, kwargs, context):
+        if isinstance(context.module, Block) and context.method_name == "__call__":
+            bands.append(context.module.ffn_bands)
+            return args[0], None
+        return call(*args, **kwargs)
+
+    model = vvt_jax.create_model("vvt_tiny", ffn_bands=16, unroll=False, depths=(1, 1, 1, 1))
+    with nn.intercept_methods(record):
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    # a band's hidden map is as large as 1/16 of stage 1's: 768, 1280/4, 1280/16 and 2048/64 wide
+    assert list(dict.fromkeys(bands)) == [16, 7, 2, 1]
+
+
+@pytest.mark.slow
+def test_bands_of_a_model_give_the_same_logits_and_maps():
+    whole, bands = _nano_result(), _nano_result(ffn_bands=4)
+    chex.assert_trees_all_close(bands, whole, rtol=1e-5, atol=1e-5)
+
+
 def test_other_strides():
     maps = _abstract_maps(_nano(patch_strides=(2, 2, 2, 1)), 2, 33, 40)
     assert [x.shape[1:3] for x in maps] == [(17, 20), (9, 10), (5, 5), (5, 5)]
@@ -650,6 +672,8 @@ def test_images_that_do_not_fit_are_refused(shape, method):
         ({"embed_dims": (32, 48, 64, 64.0)}, "embed_dims=(32, 48, 64, 64.0) does not fit"),
         ({"mlp_ratios": 4}, "mlp_ratios=4 does not fit: it takes four"),
         ({"patch_strides": "4222"}, "patch_strides='4222' does not fit: it takes four"),
+        ({"ffn_bands": 0}, "ffn_bands=0 does not fit: it takes a positive whole number"),
+        ({"ffn_bands": 2.0}, "ffn_bands=2.0 does not fit"),
         ({"drop_path_rate": 1.0}, "drop_path_rate=1.0 does not fit: it is a probability"),
         ({"drop_path_rate": -0.1}, "drop_path_rate=-0.1 does not fit"),
         ({"drop_path_rate": "0.1"}, "drop_path_rate='0.1' does not fit"),

@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.typing import Dtype
 
@@ -265,15 +266,104 @@ class GeluDense(nn.Module):
 
 
 class ConvFeedForward(nn.Module):
-    """Linear, 3×3 depthwise convolution, GELU, linear."""
+    """Linear, 3×3 depthwise convolution, GELU, linear.
+
+    Attributes:
+        hidden: channels between the two linear layers.
+        bands: the hidden map is made in at most so many bands of rows, one after the other, each
+            from its own rows and one more on either side; in the backward pass once more. It is
+            never whole.
+    """
 
     hidden: int
+    bands: int = 1
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[batch, height, width, channels]` -> the same shape."""
-        channels = x.shape[-1]
+        kind = _FeedForwardRows
+        if self.bands > 1:
+            kind = nn.scan(
+                nn.remat(kind, prevent_cse=False),  # a scan keeps the two passes apart by itself
+                variable_broadcast="params",
+                variable_axes={"intermediates": 0},
+                split_rngs={"params": False},
+            )
+        rows = kind(self.hidden, x.shape[-1], dtype=self.dtype)
+        nn.share_scope(self, rows)  # parameters have the same names in any number of bands
+        if self.bands == 1:
+            return rows(None, x)[1]
+        groups = forms.spatial_devices()
+        _, out = rows(None, *_cut_windows(x, groups, self.bands))
+        return _join_bands(out, x.shape[0], groups, x.shape[1])
+
+
+class _FeedForwardRows(nn.Module):
+    """`ConvFeedForward` of a whole map, or of a window of its rows."""
+
+    hidden: int
+    features: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(
+        self, _: None, x: jax.Array, inside: jax.Array | None = None
+    ) -> tuple[None, jax.Array]:
+        """`[batch, rows, width, channels]` -> (None, the same shape); None is for `nn.scan`.
+
+        For a window, `inside` `[batch, rows, 1, 1]` says which rows belong to the map: those that
+        do not are the convolution's zero padding. Its first and last row are no part of the result.
+        """
         x = nn.Dense(self.hidden, kernel_init=linear_init, dtype=self.dtype, name="fc1")(x)
+        if inside is not None:
+            x = jnp.where(inside, x, 0)
         x = DepthwiseConv(dtype=self.dtype, name="depthwise")(x)
-        return GeluDense(channels, dtype=self.dtype, name="fc2")(x)
+        if inside is not None:
+            x = x[:, 1:-1]
+        return None, GeluDense(self.features, dtype=self.dtype, name="fc2")(x)
+
+
+def _cut_windows(x: jax.Array, groups: int, bands: int) -> tuple[jax.Array, np.ndarray]:
+    """A map's bands of rows with one more row on either side.
+
+    The rows are first shared out to `groups`, the devices that hold them, so that each device cuts
+    what is its own, and gets two rows from its neighbours once.
+
+    Returns:
+        `[bands, batch · groups, rows + 2, width, channels]`, and `[bands, batch · groups, rows + 2,
+        1, 1]`, which of the rows are the map's. The height need not divide: what is too much at the
+        end of a group is cut off by `_join_bands`. There may be fewer bands than asked for.
+    """
+    batch, height, width, channels = x.shape
+    own = math.ceil(height / groups)
+    rows = math.ceil(own / bands)
+    bands = math.ceil(own / rows)
+    x = jnp.pad(x, ((0, 0), (0, groups * own - height), (0, 0), (0, 0)))
+    x = x.reshape(batch, groups, own, width, channels)
+    # Rolled round, which XLA shards as one exchange: what comes from the other end is not inside.
+    above, below = jnp.roll(x[:, :, -1:], 1, axis=1), jnp.roll(x[:, :, :1], -1, axis=1)
+    x = jnp.concatenate([above, x, below], 2)
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, bands * rows - own), (0, 0), (0, 0)))
+    first, last = x[:, :, : bands * rows : rows], x[:, :, rows + 1 :: rows]
+    middle = x[:, :, 1:-1].reshape(batch, groups, bands, rows, width, channels)
+    windows = jnp.concatenate([first[:, :, :, None], middle, last[:, :, :, None]], 3)
+    windows = jnp.moveaxis(windows, 2, 0)
+
+    row = (
+        np.arange(bands)[:, None, None, None] * rows
+        + np.arange(groups)[:, None] * own
+        + np.arange(-1, rows + 1)
+    )
+    inside = np.broadcast_to((row >= 0) & (row < height), windows.shape[:4])
+    shape = (bands, batch * groups, rows + 2)
+    return windows.reshape(*shape, width, channels), inside.reshape(*shape, 1, 1)
+
+
+def _join_bands(x: jax.Array, batch: int, groups: int, height: int) -> jax.Array:
+    """`[bands, batch · groups, rows, width, channels]` -> `[batch, height, width, channels]`."""
+    bands, _, rows, width, channels = x.shape
+    own = math.ceil(height / groups)
+    x = jnp.moveaxis(x.reshape(bands, batch, groups, rows, width, channels), 0, 2)
+    x = x.reshape(batch, groups, bands * rows, width, channels)[:, :, :own]
+    return x.reshape(batch, groups * own, width, channels)[:, :height]

@@ -5,6 +5,7 @@ Source: Sun et al., "Vicinity Vision Transformer", arXiv 2206.10552.
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -41,6 +42,7 @@ class Block(nn.Module):
     attention: str
     clamp: bool
     dtype: Dtype
+    ffn_bands: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array, drop_rate: jax.Array | None) -> tuple[jax.Array, None]:
@@ -59,7 +61,7 @@ class Block(nn.Module):
             )
         )
         feed_forward = ConvFeedForward(
-            x.shape[-1] * self.mlp_ratio, dtype=self.dtype, name="feed_forward"
+            x.shape[-1] * self.mlp_ratio, self.ffn_bands, dtype=self.dtype, name="feed_forward"
         )
         normed = LayerNorm(epsilon=1e-6, name="norm1")(x)
         x = x + drop_path(self, attend(normed), drop_rate)
@@ -141,6 +143,9 @@ class VVT(nn.Module):
         num_classes: 0 gives pooled features instead of logits.
         dtype: of the computation, `"float32"` or `"bfloat16"`; parameters and logits are float32.
         remat: keep only each block's input for the backward pass, and compute the rest again.
+        ffn_bands: the feed-forward networks of the first stage make their hidden map, the widest of
+            the model, in so many bands of rows, and later stages in as many as keep a band's part
+            as small: less memory for large images, equal to rounding, and slower. 1: whole.
         unroll: lay a stage's blocks out one after the other (runs faster) instead of scanning over
             them (compiles faster).
     """
@@ -159,6 +164,7 @@ class VVT(nn.Module):
     num_classes: int = 1000
     dtype: str = "float32"
     remat: bool = False
+    ffn_bands: int = 1
     unroll: bool = True
 
     def __post_init__(self):
@@ -172,6 +178,8 @@ class VVT(nn.Module):
 
     def _make_stages(self) -> None:
         dtype = jnp.dtype(self.dtype)
+        strides = np.cumprod(self.patch_strides)
+        hidden = [self.embed_dims[i] * self.mlp_ratios[i] / strides[i] ** 2 for i in range(4)]
         for i in range(4):
             stage = Stage(
                 features=self.embed_dims[i],
@@ -186,6 +194,7 @@ class VVT(nn.Module):
                     "locality": self.locality,
                     "attention": self.attention,
                     "clamp": self.clamp,
+                    "ffn_bands": math.ceil(self.ffn_bands * hidden[i] / hidden[0]),
                 },
                 remat=self.remat,
                 unroll=self.unroll,
@@ -313,6 +322,8 @@ def _check_fields(model: VVT) -> None:
             refuse(field, "it takes four positive whole numbers, one a stage")
     if not isinstance(model.gate_reduction, int) or model.gate_reduction < 1:
         refuse("gate_reduction", "it takes a positive whole number")
+    if not isinstance(model.ffn_bands, int) or model.ffn_bands < 1:
+        refuse("ffn_bands", "it takes a positive whole number, 1 for whole maps")
     attention.check_locality(model.locality)
     if model.attention not in _ATTENTIONS:
         refuse("attention", f"it is one of {', '.join(_ATTENTIONS)}")
