@@ -60,28 +60,27 @@ def launch(compilation_cache):
     """Starts the launcher, which prints the processes' numbers and how they end."""
 
     def start(workdir: Path, *flags: str, processes: int, devices: int = 1, grace: float = 90):
-        log = workdir.with_suffix(".log").open("w")
-        launcher = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "experiments.launch.local",
-                f"--processes={processes}",
-                f"--devices={devices}",
-                f"--grace={grace}",
-                "--restarts=1",
-                "--",
-                f"--workdir={workdir}",
-                f"--config.compilation_cache={compilation_cache}",
-                *_SMALL,
-                *flags,
-            ],
-            cwd=ROOT,
-            env={**os.environ, "XLA_FLAGS": _QUICK, "PYTHONUNBUFFERED": "1"},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        return launcher, Path(log.name)
+        path = workdir.with_suffix(".log")
+        command = [
+            sys.executable,
+            "-m",
+            "experiments.launch.local",
+            f"--processes={processes}",
+            f"--devices={devices}",
+            f"--grace={grace}",
+            "--restarts=1",
+            "--",
+            *_SMALL,
+            f"--workdir={workdir}",
+            f"--config.compilation_cache={compilation_cache}",
+            *flags,
+        ]
+        environment = {**os.environ, "XLA_FLAGS": _QUICK, "PYTHONUNBUFFERED": "1"}
+        with path.open("w") as log:
+            launcher = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+            )
+        return launcher, path
 
     return start
 

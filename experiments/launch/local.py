@@ -35,6 +35,8 @@ def main() -> int:
     )
     parser.add_argument("arguments", nargs="+", help="of python -m vvt_jax.main, after --")
     options = parser.parse_args()
+    if options.processes < 1 or options.restarts < 0:
+        parser.error("--processes has to be 1 or more, --restarts 0 or more")
 
     group = Group(options)
     for start in range(options.restarts + 1):
@@ -95,10 +97,10 @@ class Group:
                 sys.executable,
                 "-m",
                 "vvt_jax.main",
+                *options.arguments,  # --config first: fields come after their file
                 f"--config.distributed.coordinator=127.0.0.1:{port}",
                 f"--config.distributed.num_processes={options.processes}",
                 f"--config.distributed.process_id={number}",
-                *options.arguments,
             ],
             env=environment,
         )
