@@ -43,7 +43,7 @@ class CheckpointError(UserError):
     """A checkpoint that can't be read, or written."""
 
 
-class _DamagedError(Exception):
+class DamagedError(Exception):
     """A checkpoint whose files are not the ones that were written; says how."""
 
 
@@ -96,6 +96,8 @@ class Checkpoints:
             handler_registry=handlers,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=self._kept,
+                # In the background, a folder that can't be made is waited for, for 20 minutes
+                async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
                 cleanup_tmp_directories=keep is not None,
                 create=keep is not None,
                 read_only=keep is None,
@@ -190,7 +192,7 @@ class Checkpoints:
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 self._verify(step)
-            except _DamagedError as error:
+            except DamagedError as error:
                 damaged[step] = str(error)
                 continue
             for bad, how in damaged.items():  # only now that there is one to go on from
@@ -211,7 +213,7 @@ class Checkpoints:
         if not any((folder / item / SUMS).exists() for item in _ITEMS):
             self._check_version(step, _read_version(folder))
         for item in _ITEMS:
-            _verify_sums(folder / item)
+            verify_sums(folder / item)
 
     def _put_aside(self, step: int) -> str:
         folder = self._folder / str(step)
@@ -316,21 +318,22 @@ def _write_sums(folder: epath.Path) -> None:
     (folder / SUMS).write_text("".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
 
 
-def _verify_sums(folder: epath.Path) -> None:
+def verify_sums(folder: epath.Path) -> None:
+    """Raises `DamagedError`, unless all files on the folder's list are what was written."""
     try:
         lines = (folder / SUMS).read_bytes().decode(errors="replace").splitlines()
     except OSError as error:
-        raise _DamagedError(f"{folder.name}/{SUMS} is missing") from error
+        raise DamagedError(f"{folder.name}/{SUMS} is missing") from error
     if not lines:
-        raise _DamagedError(f"{folder.name}/{SUMS} is empty")
+        raise DamagedError(f"{folder.name}/{SUMS} is empty")
     for line in lines:
         expected, _, name = line.partition("  ")
         try:
             found = _sum(folder / name)
         except (OSError, ValueError) as error:  # the latter of a name that can be none
-            raise _DamagedError(f"{folder.name}/{name} is missing") from error
+            raise DamagedError(f"{folder.name}/{name} is missing") from error
         if found != expected:
-            raise _DamagedError(f"{folder.name}/{name} is not what was written")
+            raise DamagedError(f"{folder.name}/{name} is not what was written")
 
 
 def _sum(path: epath.Path) -> str:

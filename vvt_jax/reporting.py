@@ -1,5 +1,6 @@
 """What a run tells: `metrics.jsonl`, TensorBoard where it is installed, and a progress bar."""
 
+import contextlib
 import importlib.util
 import io
 import json
@@ -47,10 +48,11 @@ class Reporter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.close()
-        self._journal.close()
-        if self._tensorboard:
-            self._tensorboard.close()
+        with contextlib.ExitStack() as stack:  # each of them, though another has no room to
+            if self._tensorboard:
+                stack.callback(self._tensorboard.close)
+            stack.callback(self._journal.close)
+            stack.callback(self._bar.close)
 
     def advance(self) -> None:
         """One more step was given to the devices."""
