@@ -80,8 +80,10 @@ def test_any_batch_for_every_platform_in_one_file(folder, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("locality", ["sum", "product", "1d", "none"])
-@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize(
+    ("locality", "platform"),
+    [("sum", "cpu"), ("sum", "tpu"), ("product", "cpu"), ("1d", "tpu"), ("none", "cpu")],
+)
 def test_any_size(folder, tmp_path, locality, platform):
     """Each locality makes its position features in the program, in either form."""
     model, variables, _ = load_pretrained(folder, locality=locality)

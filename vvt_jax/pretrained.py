@@ -184,9 +184,7 @@ def _check_card(card: Any, model: VVT, where: str = "") -> None:
                 raise ValueError(f"`size` is above {_LARGEST_SIDE} pixels")
         except (AttributeError, OverflowError, TypeError, ValueError) as error:
             reason = str(error).rstrip(".")
-            raise WeightsError(
-                f"{where}the card's preprocessing does not fit: {reason}."
-            ) from error
+            raise WeightsError(f"{where}the card's preprocessing is unfit: {reason}.") from error
     if "class_names" in card:
         names = card["class_names"]
         if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
