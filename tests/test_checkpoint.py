@@ -202,7 +202,7 @@ def _without_state(folder):
 
 
 _DAMAGES = {
-    _version: "has format version 9, but this program reads version 1.",
+    _version: "has format version 9, but this program reads version 2.",
     _truncated: "can't be read (",
     _emptied: "can't be read (",
     _missing: "can't be read (",

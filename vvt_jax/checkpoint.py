@@ -24,7 +24,7 @@ from orbax.checkpoint.checkpoint_managers import (
 
 from vvt_jax.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _MEND = "delete that folder to go on from the one before it."
 State = TypeVar("State")
 
