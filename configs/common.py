@@ -33,8 +33,8 @@ def get_config(_: str = "") -> ConfigDict:
     config.checkpoint_every_epochs = placeholder(float)
     config.keep_checkpoints = 2  # the newest ones; the best is kept beside them
     config.compilation_cache = "~/.cache/vvt_jax"  # folder of jax's compiled programs; "": none
-    # What to start from, or to evaluate: a model folder, hf://organisation/name, a published .pth or
-    # another run's workdir
+    # What to start from, or to evaluate: a model folder, hf://organisation/name, a published .pth,
+    # or another run's workdir
     config.init_from = ""
     config.profile_at_step = 0  # a profiler trace into workdir/profile from that step on; 0: none
     config.profile_steps = 3  # its length

@@ -1,6 +1,6 @@
 """Whole images through a segmenter: at once, in sliding windows, at several sizes and mirrored.
 
-How is in the model's card, `card["inference"]`:
+How is in the model's card, `card["inference"]`; without it, once and whole:
 
     {"short_side": 512,     # pixels that the shorter side of an image is resized to
      "window": [512, 512],  # height, width of windows that slide over it, where stride is not 0
@@ -54,6 +54,12 @@ def check_inference(inference: Mapping[str, Any]) -> None:
         )
     if not inference["scales"] or min(inference["scales"]) <= 0:
         raise ValueError(f"`scales` must be numbers above 0, not {inference['scales']}.")
+
+
+def plain_inference(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings to look once at the whole image, its short side that of the training crops."""
+    size = list(preprocessing["size"])
+    return {"short_side": min(size), "window": size, "stride": 0, "scales": [1.0], "flip": False}
 
 
 def make_scores(
@@ -251,10 +257,10 @@ def segment_image(
         image: as for `preprocess.to_rgb`.
     """
     rgb = to_rgb(image)
-    views = whole_views(rgb, card["preprocessing"], card["inference"])
-    scores, classes = _programs(
-        model, json.dumps(card["preprocessing"]), json.dumps(card["inference"])
-    )
+    record = card["preprocessing"]
+    inference = card.get("inference") or plain_inference(record)
+    views = whole_views(rgb, record, inference)
+    scores, classes = _programs(model, json.dumps(record), json.dumps(inference))
     found = scores(variables, {name: view[np.newaxis] for name, view in views.items()})
     own_size = jnp.asarray([[rgb.height, rgb.width]], jnp.int32)
     return np.asarray(classes(found, own_size, rgb.height, rgb.width)[0])

@@ -178,12 +178,13 @@ class Segmentation:
             )
         inference = config.inference
         self._inference = {
-            "short_side": inference.short_side or min(config.data.size),
-            "window": list(config.data.size),
+            **segment.plain_inference(self._record),
             "stride": inference.stride,
             "scales": list(inference.scales),
             "flip": inference.flip,
         }
+        if inference.short_side is not None:
+            self._inference["short_side"] = inference.short_side
         with naming("config.inference"):
             segment.check_inference(self._inference)
         self.card["inference"] = self._inference
@@ -223,8 +224,9 @@ class Segmentation:
             confusion = np.zeros((self.model.num_classes,) * 2, np.int64)
             under_way: collections.deque[Any] = collections.deque()
 
-            def add(sums: Mapping[str, jax.Array]) -> None:
-                nonlocal loss
+            def add(sums: Mapping[str, jax.Array], mask: jax.Array) -> None:
+                nonlocal loss, images
+                images += int(np.asarray(mask).sum())
                 loss += float(sums["loss"])
                 confusion[:] += np.asarray(sums["confusion"])
 
@@ -245,16 +247,16 @@ class Segmentation:
                             "forward", scores, shapes, parallel.abstract_like(views)
                         )
                     found = compiled[size](variables, views)
-                    under_way.append(count(found, batch["segmentation"], batch["own_size"]))
-                    images += int(batch["mask"].sum())
+                    sums = count(found, batch["segmentation"], batch["own_size"])
+                    under_way.append((sums, batch["mask"]))
                     if picture is None:
                         canvas = batch["segmentation"].shape[1:]
                         classes = draw(found, batch["own_size"], *canvas)
                         picture = self._compare(jax.device_get({**batch, "found": classes}))
                     while len(under_way) > 2:
-                        add(under_way.popleft())
-                for sums in under_way:
-                    add(sums)
+                        add(*under_way.popleft())
+                for waiting in under_way:
+                    add(*waiting)
             metrics = segment.segmentation_metrics(loss, confusion)
             return Measured({**metrics, "examples": images}, confusion, picture)
 

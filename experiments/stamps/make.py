@@ -10,6 +10,7 @@ was seen in training. The same command makes the same files.
 """
 
 import argparse
+import functools
 import importlib.util
 import sys
 from pathlib import Path
@@ -75,6 +76,14 @@ def _has_cutout(path: Path) -> bool:
     return 0.02 < (alpha >= _OPAQUE).mean() < 0.98
 
 
+@functools.cache
+def _cutout(path: Path) -> PIL.Image.Image:
+    """A stamp without its transparent border."""
+    with PIL.Image.open(path) as file:
+        stamp = file.convert("RGBA")
+    return stamp.crop(stamp.getchannel("A").getbbox())
+
+
 def compose(
     rng: np.random.Generator, photograph: PIL.Image.Image, stamps: list[tuple[int, Path]]
 ) -> tuple[PIL.Image.Image, np.ndarray]:
@@ -88,9 +97,7 @@ def compose(
     for _ in range(int(rng.integers(1, _MOST_STAMPS + 1))):
         kind = classes[int(rng.integers(len(classes)))]  # each class alike, whatever its stamps
         files = [path for number, path in stamps if number == kind]
-        with PIL.Image.open(files[int(rng.integers(len(files)))]) as file:
-            stamp = file.convert("RGBA")
-        stamp = stamp.crop(stamp.getchannel("A").getbbox())
+        stamp = _cutout(files[int(rng.integers(len(files)))])
         ratio = SIDE * rng.uniform(*_HEIGHT) / max(stamp.size)
         size = (max(4, round(stamp.width * ratio)), max(4, round(stamp.height * ratio)))
         stamp = stamp.resize(size)
