@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from vvt_jax.data.loader import eval_batches, report_broken, train_batches
+from vvt_jax.data.loader import BrokenImages, eval_batches, train_batches
 from vvt_jax.data.sources import BrokenImageError, DataError, open_source
 
 datasets = pytest.importorskip("datasets")
@@ -144,8 +144,10 @@ def test_a_broken_image_is_named_and_replaced(saved):
     assert str(refused.value).startswith(told)
     said = []
     batches = train_batches(source, record=_RECORD, augment=_AUGMENT, batch_size=10, seed=0)
-    with contextlib.closing(report_broken(batches, source, 1, said.append)) as reported:
+    broken = BrokenImages(source, 1, said.append)
+    with contextlib.closing(broken.watch(batches)) as reported:
         assert next(reported)["image"].shape == (10, 8, 8, 3)
+    broken.tell(broken.take())
     assert len(said) == 1
     assert told in said[0]
 
