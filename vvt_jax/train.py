@@ -102,6 +102,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
         trace = stack.enter_context(Trace(workdir / "profile", profile_at, config.profile_steps))
 
         latest = reporter.last_line()
+        metrics: dict[str, float]
         unread: _Unread | None = None  # of the step before, not waited for yet
         under_way: collections.deque[jax.Array] = collections.deque()
         stopwatch = Stopwatch()
@@ -119,7 +120,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
             trace.after(step, done)
             reporter.advance()
             if unread is not None:  # read while the devices are busy with this step
-                reporter.write(step - 1, run.describe_training(step - 1, unread, stopwatch))
+                metrics = run.describe_training(step - 1, unread.totals, stopwatch)
+                reporter.write(step - 1, metrics)
                 broken.tell(np.asarray(unread.broken))
                 unread = None
 
@@ -130,9 +132,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
             if not (measure or save):
                 continue
             _check_finite(state.totals)
-            metrics: dict[str, float] = {}
+            metrics = {}
             if unread is not None:
-                metrics = run.describe_training(step, unread, stopwatch)
+                metrics = run.describe_training(step, unread.totals, stopwatch)
                 broken.tell(np.asarray(unread.broken))
                 unread = None
             with stopwatch.paused():
@@ -154,7 +156,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
 
         if interruption.signum:
             if unread is not None:
-                reporter.write(step, run.describe_training(step, unread, stopwatch))
+                metrics = run.describe_training(step, unread.totals, stopwatch)
+                reporter.write(step, metrics)
             _check_finite(state.totals)
             checkpoints.save(step, state, best)
             if unread is not None:
@@ -410,10 +413,9 @@ class _Run:
         return log, measure, save
 
     def describe_training(
-        self, step: int, unread: _Unread, stopwatch: Stopwatch
+        self, step: int, totals: Totals, stopwatch: Stopwatch
     ) -> dict[str, float]:
         """Means over the steps since the last report; waits for that step's end."""
-        totals = unread.totals
         _check_finite(totals)
         steps = int(totals.steps)
         seconds, waiting = stopwatch.read()
