@@ -114,6 +114,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
         trace = stack.enter_context(Trace(workdir / "profile", profile_at, config.profile_steps))
 
         latest = reporter.last_line()
+        metrics: dict[str, float]
         unread: _Unread | None = None  # of the step before, not waited for yet
         under_way: collections.deque[jax.Array] = collections.deque()
         stopwatch = Stopwatch()
@@ -131,7 +132,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
             trace.after(step, done)
             reporter.advance()
             if unread is not None:  # read while the devices are busy with this step
-                reporter.write(step - 1, run.describe_training(step - 1, unread, stopwatch))
+                metrics = run.describe_training(step - 1, unread.totals, stopwatch)
+                reporter.write(step - 1, metrics)
                 broken.tell(np.asarray(unread.broken))
                 unread = None
 
@@ -142,9 +144,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
             if not (measure or save):
                 continue
             _check_finite(state.totals)
-            metrics: dict[str, float] = {}
+            metrics = {}
             if unread is not None:
-                metrics = run.describe_training(step, unread, stopwatch)
+                metrics = run.describe_training(step, unread.totals, stopwatch)
                 broken.tell(np.asarray(unread.broken))
                 unread = None
             show = functools.partial(reporter.show, step)
@@ -168,7 +170,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
 
         if interruption.signum:
             if unread is not None:
-                reporter.write(step, run.describe_training(step, unread, stopwatch))
+                metrics = run.describe_training(step, unread.totals, stopwatch)
+                reporter.write(step, metrics)
             _check_finite(state.totals)
             reporter.flush()
             checkpoints.save(step, state, best)
@@ -408,10 +411,9 @@ class _Run:
         return log, measure, save
 
     def describe_training(
-        self, step: int, unread: _Unread, stopwatch: Stopwatch
+        self, step: int, totals: Totals, stopwatch: Stopwatch
     ) -> dict[str, float]:
         """Means over the steps since the last report; waits for that step's end."""
-        totals = unread.totals
         _check_finite(totals)
         steps = int(totals.steps)
         seconds, waiting = stopwatch.read()
