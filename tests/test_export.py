@@ -8,9 +8,10 @@ import sys
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import unflatten_dict
 
 from vvt_jax import create_model, export, forms, load_pretrained, save_pretrained
-from vvt_jax.weights import smallest_image
+from vvt_jax.weights import variable_shapes
 
 _CARD = {
     "preprocessing": {
@@ -41,9 +42,13 @@ def folder(tmp_path_factory):
     model = create_model(
         "vvt_nano", embed_dims=(8, 8, 8, 16), num_heads=(1, 1, 1, 2), num_classes=3
     )
-    variables = jax.jit(model.init)(jax.random.key(0), smallest_image())
+    rng = np.random.default_rng(0)
+    variables = {
+        name: rng.normal(scale=0.2, size=shape).astype(np.float32)
+        for name, shape in variable_shapes(model).items()
+    }
     path = tmp_path_factory.mktemp("exported") / "model"
-    save_pretrained(path, model, variables, _CARD)
+    save_pretrained(path, model, unflatten_dict(variables, sep="/"), _CARD)
     return path
 
 
