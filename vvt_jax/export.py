@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -109,7 +110,7 @@ def write(path: Path, exported: jax.export.Exported, model: VVT, card: Mapping[s
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
     try:
-        size, batch = _size(options.size), _count("--batch", options.batch)
+        size, batch = _size(options.size), _batch(options.batch)
         platforms = options.platforms.split(",")
         for platform in platforms:
             if platform not in PLATFORMS:
@@ -153,21 +154,23 @@ def _size(text: str | None) -> tuple[int, int] | None:
     """Height and width; None where they are symbolic."""
     if text is None or text == SYMBOLIC:
         return None
-    sides = [_count("--size", side) for side in text.split("x")]
-    if len(sides) > 2 or None in sides or min(filter(None, sides)) < SMALLEST_SIDE:
+    match = re.fullmatch(r"([0-9]{1,5})(?:x([0-9]{1,5}))?", text)
+    sides = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not SMALLEST_SIDE <= min(sides) <= max(sides) <= _MOST:
         raise UserError(
-            f"--size={text} is no size: it takes pixels or HEIGHTxWIDTH, from {SMALLEST_SIDE} up, "
-            f"or {SYMBOLIC}."
+            f"--size={text} is no size: it takes pixels or HEIGHTxWIDTH, from {SMALLEST_SIDE} to "
+            f"{_MOST}, or {SYMBOLIC}."
         )
-    return sides[0] or 0, sides[-1] or 0
+    return sides
 
 
-def _count(flag: str, text: str) -> int | None:
+def _batch(text: str) -> int | None:
+    """Images a call; None where their number is symbolic."""
     if text == SYMBOLIC:
         return None
-    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= _MOST):
-        raise UserError(f"{flag}={text} is no number from 1 to {_MOST}, nor {SYMBOLIC}.")
-    return int(text[:9])
+    if not re.fullmatch("[0-9]{1,5}", text) or not 1 <= int(text) <= _MOST:
+        raise UserError(f"--batch={text} is no number from 1 to {_MOST}, nor {SYMBOLIC}.")
+    return int(text)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
