@@ -1,6 +1,7 @@
 """The page, over real sockets: classes and heat maps, and one sentence for what can't be used."""
 
 import base64
+import contextlib
 import http.client
 import io
 import json
@@ -16,7 +17,7 @@ import pytest
 from vvt_jax.data.sources import open_source
 
 uvicorn = pytest.importorskip("uvicorn")
-MOST_BYTES = 20_000
+MOST_BYTES = 2**15
 
 
 class _Page:
@@ -35,15 +36,13 @@ class _Page:
         finally:
             connection.close()
 
-    def send(self, raw, *, finish=True):
-        """Bytes as they are; the status and the JSON of the answer."""
+    def send(self, raw):
+        """Bytes as they are, and no end of them; the status and the JSON of the answer."""
         with socket.create_connection((self.host, self.port), timeout=120) as connection:
             connection.sendall(raw)
-            if finish:
-                connection.shutdown(socket.SHUT_WR)
-            response = http.client.HTTPResponse(connection)
-            response.begin()
-            return response.status, json.loads(response.read())
+            with contextlib.closing(http.client.HTTPResponse(connection)) as response:
+                response.begin()
+                return response.status, json.loads(response.read())
 
 
 def _serve(app):
@@ -171,21 +170,21 @@ def test_bombs_are_refused(page):
 
 
 def test_a_large_request_is_refused_whatever_it_says(page):
-    sentence = "The image is larger than 0.0190735 MB: send a smaller one."
+    sentence = "The image is larger than 0.03125 MB: send a smaller one."
     assert _refusal(page, bytes(MOST_BYTES + 1)) == (413, sentence)
-    assert _refusal(page, iter([bytes(5_000)] * 5)) == (413, sentence)  # chunked, without a length
+    assert _refusal(page, iter([bytes(5_000)] * 7)) == (413, sentence)  # chunked, without a length
     head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n"
     # it is refused before the rest comes
-    assert page.send(head + bytes(MOST_BYTES + 1), finish=False) == (413, {"error": sentence})
+    assert page.send(head + bytes(MOST_BYTES + 1)) == (413, {"error": sentence})
     # what goes beyond the length that it says is no part of it
     head = b"POST /predict HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 8\r\n\r\n"
-    refused = page.send(head + b"no image" + bytes(MOST_BYTES))
+    refused = page.send(head + b"no image" + bytes(100))
     assert refused == (400, {"error": "This is no JPEG, PNG or WebP image."})
 
 
 def test_a_request_that_never_ends_is_given_up(page):
     head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nabc"
-    refused = page.send(head, finish=False)
+    refused = page.send(head)
     assert refused == (408, {"error": "The image took too long to arrive."})
 
 
