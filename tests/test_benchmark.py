@@ -148,3 +148,15 @@ def test_rows_over_devices_trade_halos_and_small_sums_alone(tmp_path, bands, per
     }
     assert set(result["collectives"]) == {"collective-permute", "all-reduce"}
     assert result["collectives"]["collective-permute"]["count"] == permutes
+
+
+@pytest.mark.slow
+def test_fsdp_spreads_what_a_training_step_takes(tmp_path):
+    flags = ["--model=vvt_nano", "--size=64", "--batch=8", "--train", "--mesh=fsdp:8", "--no-run"]
+    done = _run(*flags, f"--json={tmp_path / 'r'}", devices=None)
+    assert done.returncode == 0, done.stderr
+    assert "rematerialization" not in done.stderr, "XLA gathers what it can't lay out otherwise"
+    (result,) = json.loads((tmp_path / "r").read_text())
+    state = 3 * 4 * result["parameters"]  # with two moments
+    batch = 8 * (64 * 64 * 3 + 4)
+    assert (state + batch) / 8 <= result["argument_bytes"] <= 1.05 * (state + batch) / 8

@@ -324,3 +324,51 @@ def test_a_step_on_eight_devices_equals_one_on_one(compilation_cache):
             np.testing.assert_allclose(*found[name], rtol=1e-5, err_msg=f"{mesh} {name}")
         for name in ("gradients", "logits"):
             assert 0 <= found[name] < 1e-5, f"{mesh} {name} {found[name]}"
+
+
+_BANDS = """
+    import json, jax, jax.numpy as jnp, numpy as np
+    from vvt_jax import hlo, parallel
+    from vvt_jax.models import layers
+
+    options = {"xla_backend_optimization_level": 0}
+    rng = np.random.default_rng(0)
+    told = {}
+    for sizes, shape in (((1, 1, 8), (1, 32, 4, 4)), ((2, 2, 2), (4, 20, 4, 4))):
+        x = rng.standard_normal(shape).astype(np.float32)
+        whole, bands = (layers.ConvFeedForward(hidden=8, bands=n) for n in (1, 3))
+        variables = jax.tree.map(
+            lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32),
+            jax.eval_shape(whole.init, jax.random.key(0), x),
+        )
+
+        def differentiate(module):
+            value = lambda v, x: jnp.sin(module.apply(v, x)).sum()
+            return jax.jit(jax.value_and_grad(value, (0, 1)), compiler_options=options)
+
+        mesh = parallel.make_mesh(dict(zip(parallel.AXES, sizes)), 4)
+        put = jax.device_put(variables, jax.NamedSharding(mesh, jax.P()))
+        images = jax.device_put(x, parallel.batch_shardings(mesh, ["image"])["image"])
+        with parallel.compiling_for(mesh):
+            forward = jax.jit(bands.apply, compiler_options=options).lower(put, images).compile()
+            many = differentiate(bands)(put, images)
+        one = differentiate(whole)(variables, x)
+        told[str(sizes)] = {
+            "collectives": [[c.kind, c.shapes] for c in hlo.collectives(forward.as_text())],
+            "far": max(
+                float(np.abs(a - b).max() / np.abs(a).max())
+                for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True)
+            ),
+        }
+    print(json.dumps(told))
+"""
+
+
+@pytest.mark.slow
+def test_bands_of_rows_trade_two_rows_of_the_narrow_map_alone():
+    """Each device cuts the rows that it has; their number need not divide by the bands."""
+    told = _on_eight_devices(_BANDS)
+    assert list(told) == ["(1, 1, 8)", "(2, 2, 2)"]
+    for mesh, found in told.items():
+        assert found["collectives"] == [["collective-permute", [[1, 1, 1, 4, 4]]]] * 2, mesh
+        assert found["far"] < 1e-5, mesh
