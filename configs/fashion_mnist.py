@@ -4,7 +4,8 @@
     python -m vvt_jax.prepare fashion_mnist
     python -m vvt_jax.main --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist
 
-Not run.
+Two CPU cores that did other work as well: 17, 18 and 19 minutes from a cold start; test top-1
+90.81, 91.21 and 91.04 % at the last step with --config.seed=0, 1 and 2: mean 91.02 %, 0.40 apart.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +16,7 @@ from configs import common
 def get_config(_: str = "") -> ConfigDict:
     config = common.get_config()
     config.batch_size = 128
-    config.total_epochs = 16.0
+    config.total_epochs = 12.0
     config.log_every_steps = 100
     config.eval_every_epochs = 4.0
     config.checkpoint_every_epochs = 1.0

@@ -203,7 +203,8 @@ def give_simulated_devices_time() -> None:
     come before the first use of jax's devices.
     """
     given = os.environ.get("XLA_FLAGS", "")
-    if _SIMULATING in given or jax.config.read("jax_num_cpu_devices") > 1:
+    simulated = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
+    if _SIMULATING in given or simulated > 1:
         missing = [flag for flag in _PATIENCE if flag.partition("=")[0] not in given]
         os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
 

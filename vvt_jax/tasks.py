@@ -17,7 +17,7 @@ import PIL.Image
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vvt_jax import charts, models, parallel, segment
+from vvt_jax import charts, hosts, models, parallel, segment
 from vvt_jax.configuration import ConfigError
 from vvt_jax.data import augment, overlay, segmentation
 from vvt_jax.data.loader import eval_batches
@@ -213,10 +213,8 @@ class Segmentation:
         names = segmentation.view_names(self._inference["scales"])
         shapes = variables
         compiled: dict[Any, jax.stages.Compiled] = {}  # by the size of the images
-        count, draw = (
-            jax.jit(segment.pixel_sums),
-            jax.jit(segment.classes_at_own_size, static_argnums=(2, 3)),
-        )
+        count = jax.jit(segment.pixel_sums, out_shardings=parallel.replicated(mesh))
+        draw = jax.jit(segment.classes_at_own_size, static_argnums=(2, 3))
 
         def measure(variables: Any, source: Source) -> Measured:
             loss, images, picture = 0.0, 0, None
@@ -252,7 +250,7 @@ class Segmentation:
                     if picture is None:
                         canvas = batch["segmentation"].shape[1:]
                         classes = draw(found, batch["own_size"], *canvas)
-                        picture = self._compare(jax.device_get({**batch, "found": classes}))
+                        picture = self._compare(hosts.fetch({**batch, "found": classes}))
                     while len(under_way) > 2:
                         add(*under_way.popleft())
                 for waiting in under_way:
