@@ -257,10 +257,12 @@ def _refused(path, *words, name=None, **fields):
 def test_what_is_not_the_model_is_named(tmp_path, published):
     _refused(_PUBLISHED, "no shape tells the number of heads: give num_heads")
     _refused(_PUBLISHED, "lack block1.1.norm1.weight", name="vvt_tiny")
-    _refused(_PUBLISHED, "block1.0.mlp.fc1.weight is", name="vvt_nano", embed_dims=(32, 48, 64, 96))
+    _refused(
+        _PUBLISHED, "attn.k_proj.weight is [32, 32]", name="vvt_nano", embed_dims=(32, 48, 64, 96)
+    )
     _refused(_PUBLISHED, "head.weight is [10, 96]", **_HEADS, num_classes=7)
     with pytest.raises(ValueError, match="no field 'head'"):
-        vvt_jax.load_pretrained(_PUBLISHED, head=3)
+        vvt_jax.load_pretrained(_PUBLISHED, **_HEADS, head=3)
     with pytest.raises(ValueError, match="Unknown model 'vvt_huge'"):
         vvt_jax.load_pretrained(_PUBLISHED, "vvt_huge")
 
