@@ -243,7 +243,12 @@ def test_an_empty_list_is_told(command):
 def test_hostile_lists_are_told(command):
     status, out, err = command("-", stdin=b"a\0b.png\n\xff\xfe.png\n" + b"x" * 5000 + b"\n")
     assert (status, out) == (1, "")
-    assert len(err.splitlines()) == 3
+    *complaints, last = err.splitlines()
+    assert complaints == [
+        f"error: {name} does not exist."
+        for name in (r"a\x00b.png", r"\udcff\udcfe.png", "x" * 5000)
+    ]
+    assert last == "error: The list on standard input names no images."
 
 
 @pytest.mark.parametrize("kind", ["wrong type", "below a file", "too long", "no space in name"])

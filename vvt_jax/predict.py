@@ -50,7 +50,7 @@ def read_labels(path: str | os.PathLike) -> list[str]:
         names = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}.") from error
-    except ValueError as error:
+    except UnicodeDecodeError as error:
         raise UserError(f"{path} is no file of class names: it is not UTF-8 text.") from error
     if not names:
         raise UserError(f"{path} is no file of class names: it is empty.")
