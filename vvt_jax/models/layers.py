@@ -295,7 +295,8 @@ class ConvFeedForward(nn.Module):
         if self.bands == 1:
             return rows(None, x)[1]
         groups = forms.spatial_devices()
-        _, out = rows(None, *_cut_windows(x, groups, self.bands))
+        windows, inside = _cut_windows(x, groups, self.bands)
+        _, out = rows(None, windows, jnp.asarray(inside))
         return _join_bands(out, x.shape[0], groups, x.shape[1])
 
 
