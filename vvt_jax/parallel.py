@@ -203,8 +203,7 @@ def give_simulated_devices_time() -> None:
     come before the first use of jax's devices.
     """
     given = os.environ.get("XLA_FLAGS", "")
-    simulated = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
-    if _SIMULATING in given or simulated > 1:
+    if _SIMULATING in given or jax.config.values["jax_num_cpu_devices"] > 1:
         missing = [flag for flag in _PATIENCE if flag.partition("=")[0] not in given]
         os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
 
