@@ -362,6 +362,45 @@ def test_what_was_put_aside_is_never_overwritten(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"1", "2.damaged", "2.damaged-2"}
 
 
+_WITHOUT_ROOM = """
+    import resource, sys
+    from pathlib import Path
+    from tests.test_checkpoint import _save, _state
+    from vvt_jax.checkpoint import Best, CheckpointError, Checkpoints
+
+    folder = Path(sys.argv[1])
+    _save(folder, 1, width=10_000)
+    # Files can't grow beyond a size, which fails writes as a full disk does
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+    for _ in range(2):
+        try:
+            with Checkpoints(folder, keep=2) as checkpoints:
+                checkpoints.save(2, _state(2, width=10_000), Best())
+        except CheckpointError as error:
+            print(error)
+"""
+
+
+def test_a_checkpoint_without_room_is_told_of_and_leaves_the_one_before(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(_WITHOUT_ROOM), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    sentences = done.stdout.splitlines()
+    assert len(sentences) == 2
+    for sentence in sentences:
+        assert sentence.startswith(f"A checkpoint can't be written into {tmp_path} (")
+        assert sentence.endswith("with room on the disk, the same command goes on.")
+    assert _restore(tmp_path, _state(width=10_000))[0].step == 1
+    _save(tmp_path, 2, width=10_000)
+    assert _kept(tmp_path) == [1, 2]
+
+
 _SHARDED = """
     import sys, jax, jax.numpy as jnp, numpy as np
     from pathlib import Path

@@ -66,6 +66,17 @@ def _normalised(batch):
     )
 
 
+def _prepare(batch, key, *, augment=_NO_AUGMENT, label_smoothing=0.0):
+    return prepare_batch(
+        batch,
+        key,
+        preprocessing=_RECORD,
+        augment=augment,
+        label_smoothing=label_smoothing,
+        num_classes=_CLASSES,
+    )
+
+
 def _make(
     model=None,
     *,
@@ -74,17 +85,13 @@ def _make(
     label_smoothing=0.0,
     optimizer=None,
     augment=_NO_AUGMENT,
+    prepare=_prepare,
     **options,
 ):
     model, optimizer = model or Plain(), optimizer or optax.sgd(0.1)
     state = init_state(model, optimizer, (1, 2, 2, 3), seed, ema=ema_decay > 0)
-    prepare = functools.partial(
-        prepare_batch,
-        preprocessing=_RECORD,
-        augment=augment,
-        label_smoothing=label_smoothing,
-        num_classes=_CLASSES,
-    )
+    if prepare is _prepare:
+        prepare = functools.partial(prepare, augment=augment, label_smoothing=label_smoothing)
     step = make_train_step(model, optimizer, prepare=prepare, ema_decay=ema_decay, **options)
     return jax.jit(step), state
 
@@ -246,12 +253,17 @@ def test_a_bad_gradient_of_a_finite_loss_is_noticed():
 
 
 def _outlier():
-    """A batch that no update can be made by."""
-    return {**_batch(), "image": jnp.full((6, 2, 2, 3), jnp.nan)}
+    """A batch that no update can be made by, once `_black_is_no_number` has prepared it."""
+    return {**_batch(), "image": jnp.zeros((6, 2, 2, 3), jnp.uint8)}
+
+
+def _black_is_no_number(batch, key):
+    images, targets = _prepare(batch, key)
+    return jnp.where(batch["image"].any(), images, jnp.nan), targets
 
 
 def test_steps_that_are_not_finite_are_skipped_up_to_the_limit():
-    options = {"ema_decay": 0.5, "optimizer": optax.adamw(0.1)}
+    options = {"ema_decay": 0.5, "optimizer": optax.adamw(0.1), "prepare": _black_is_no_number}
     plain, clean = _make(Noisy(), **options)
     skipping, state = _make(Noisy(), skip_nonfinite=2, **options)
     for seed, batch in enumerate([_batch(0), _outlier(), _batch(2), _outlier()]):
@@ -262,13 +274,15 @@ def test_steps_that_are_not_finite_are_skipped_up_to_the_limit():
         else:
             clean = dataclasses.replace(clean, step=jnp.asarray(seed, jnp.int32))
             clean = plain(clean, batch)
-            chex.assert_trees_all_equal(state.params, clean.params)
-            chex.assert_trees_all_equal(state.opt_state, clean.opt_state)
+            for name in ("params", "opt_state", "ema"):  # another program: to rounding
+                chex.assert_trees_all_close(
+                    getattr(state, name), getattr(clean, name), rtol=1e-4, atol=1e-6
+                )
     assert (state.step, state.skipped) == (4, 2)
     totals = state.totals
     assert (totals.steps, totals.updates, totals.skipped, totals.bad_step) == (4, 2, 2, 0)
-    np.testing.assert_array_equal(totals.loss, clean.totals.loss)
-    np.testing.assert_array_equal(totals.grad_norm, clean.totals.grad_norm)
+    np.testing.assert_allclose(totals.loss, clean.totals.loss, rtol=1e-5)
+    np.testing.assert_allclose(totals.grad_norm, clean.totals.grad_norm, rtol=1e-4)
     state = skipping(state, _outlier())  # one too many
     assert (state.step, state.skipped, state.totals.bad_step) == (5, 2, 5)
 

@@ -164,7 +164,8 @@ def make_train_step(
             grad_norm=state.totals.grad_norm + grad_norm,
             steps=state.totals.steps + 1,
             updates=state.totals.updates + ~skip,
-            skipped=skipped,
+            # It only grows. What a step does not read, jit does not take over.
+            skipped=jnp.maximum(state.totals.skipped, skipped),
             bad_step=jnp.where(finite | skip | (bad > 0), bad, step),
         )
         return TrainState(step, skipped, state.seed, params, mutable, opt_state, ema, totals)
