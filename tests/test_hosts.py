@@ -92,6 +92,7 @@ def _finish(launched, seconds=600) -> str:
     finally:
         if launcher.poll() is None:
             launcher.terminate()
+            launcher.wait()
     return log.read_text()
 
 
