@@ -122,6 +122,7 @@ class Overlays:
 
     def __init__(self, root: Path, found: Sequence[_Found], *, force: bool):
         self._force = force
+        self._written: set[Path] = set()
         taken: set[Path] = set()
         self._paths: dict[str, Path] = {}
         inputs = {os.path.realpath(image.path) for image in found}
@@ -157,8 +158,10 @@ class Overlays:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(content.getvalue())
-            self._check(path)
+            if path not in self._written:  # an image may be named twice
+                self._check(path)
             temporary.replace(path)
+            self._written.add(path)
         except OSError as error:
             raise UserError(f"{path} can't be written: {error.strerror}.") from error
         finally:
