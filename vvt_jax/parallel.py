@@ -177,11 +177,8 @@ def layout_report(abstract_state: Any, largest: int | None = None) -> str:
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_state))
     lines.append((f"sum, of {whole:,} in all", "", "", f"{sum(sums.values()):,}"))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line[:3], widths[:3], strict=True))
-        + f"  {line[3].rjust(widths[3])}".rstrip()
-        for line in lines
-    )
+    rows = ([*map(str.ljust, line[:3], widths), line[3].rjust(widths[3])] for line in lines)
+    return "\n".join("  ".join(row).rstrip() for row in rows)
 
 
 def simulate_devices(count: int) -> None:
