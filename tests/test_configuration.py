@@ -150,6 +150,9 @@ def test_imagenet_follows_the_published_recipe():
         "mix_probability": 1.0,
         "cutmix_probability": 0.5,
         "erase": 0.25,
+        "scale": (0.5, 2.0),  # this one and what follows is for segmentation
+        "class_share": 0.75,
+        "photometric": False,
     }
     assert (tiny.optimizer.weight_decay, tiny.optimizer.label_smoothing) == (0.05, 0.1)
     assert (tiny.data.crop_fraction, tiny.data.interpolation) == (0.875, "bicubic")
@@ -202,6 +205,12 @@ _FREE_CHANGES = {
     "keep_checkpoints": 7,
     "compilation_cache": "",
     "data__broken_limit": 7,
+    "data__eval_also": ["imagenet_a"],
+    "distributed__coordinator": "host:1234",
+    "distributed__num_processes": 2,
+    "distributed__process_id": 1,
+    "distributed__start_timeout": 7,
+    "distributed__heartbeat_timeout": 7,
     "profile_at_step": 7,
 }
 

@@ -126,7 +126,7 @@ def test_a_damaged_run_is_refused(tmp_path, variables):
     _save_run(tmp_path, ema=False)
     book = tmp_path / "checkpoints" / "5" / "bookkeeping" / "metadata"
     good = book.read_text()
-    book.write_text(good.replace('"top1": -1.0', '"top1": -1.5'))
+    book.write_text(good.replace('"score": -1.0', '"score": -1.5'))
     with pytest.raises(CheckpointError, match="is damaged"):
         initial_variables(tmp_path, _model(), variables[1], _NAMES)
     book.write_text(good)

@@ -169,7 +169,7 @@ def test_report_of_the_layout(layouts):
     assert f"{layouts['whole']:,} in all" in rows[-1]
     assert layouts["whole"] / 8 <= total <= 1.05 * layouts["whole"] / 8
     assert {row.split()[2] for row in rows[:-1] if row.startswith("sum of")} == {
-        "step", "seed", "params", "opt_state", "ema", "totals"
+        "step", "skipped", "seed", "params", "opt_state", "ema", "totals"
     }  # fmt: skip
 
 

@@ -105,6 +105,7 @@ _EVERY_FIELD = {
     "num_classes": 0,
     "dtype": "bfloat16",
     "remat": True,
+    "ffn_bands": 2,
     "unroll": False,
 }
 

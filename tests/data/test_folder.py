@@ -140,6 +140,6 @@ def test_what_is_missing_is_named(tmp_path):
 
 
 def test_unknown_kinds_are_told_the_known_ones():
-    with pytest.raises(DataError, match="it must be 'digits', 'tfds:NAME' or 'folder'"):
+    with pytest.raises(DataError, match="it must be 'digits', 'tfds:NAME', 'folder', "):
         open_source("folders", "train")
     assert sources.Source
