@@ -56,6 +56,7 @@ def test_train_step_counts_three_forward_passes(capsys, tmp_path):
     assert train["images_per_second"] < forward["images_per_second"]
 
 
+@pytest.mark.slow
 def test_comparison_prints_ratios_and_takes_fields_and_forms(capsys):
     compared = ["attention=softmax", "depths=(1,1,1,2) form.attention=concatenated size=32"]
     benchmark.main([*_SMALL, "--no-run", "--compare", *compared])

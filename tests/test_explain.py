@@ -64,6 +64,7 @@ def test_class_maps_of_the_last_stage_are_the_classifier_at_each_place(wide, ima
     assert maps.max() > 0
 
 
+@pytest.mark.slow
 def test_class_maps_of_earlier_stages_are_their_definition(wide, images):
     labels = [2, 0, 1]
     maps = explain.class_maps(wide, images, labels, stage=2)

@@ -74,6 +74,7 @@ def _compare(folder, file, *shapes):
         np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_any_batch_for_every_platform_in_one_file(folder, tmp_path, capsys):
     file = tmp_path / "model.jax"
     export.main([str(folder), f"--out={file}"])

@@ -91,6 +91,7 @@ def _save_run(workdir, *, ema):
     return state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ema", [False, True])
 def test_a_run_gives_its_newest_weights_the_averaged_ones_first(tmp_path, variables, ema):
     state = _save_run(tmp_path, ema=ema)

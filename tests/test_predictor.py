@@ -115,6 +115,7 @@ def test_every_kind_of_file_is_read(predictor, tmp_path):
     np.testing.assert_array_equal(predictor.pixels(np.asarray(picture))[0], seen["rgb.png"])
 
 
+@pytest.mark.slow
 def test_features_are_those_of_the_model_at_any_size(predictor, loaded):
     picture = _photo(50, 100)
     size = (32, 48)

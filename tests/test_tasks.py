@@ -87,6 +87,7 @@ def _measure(folder, scenes):
     return np.mean(hits[union > 0] / union[union > 0]), hits.sum() / confusion.sum()
 
 
+@pytest.mark.slow
 def test_a_run_measures_what_its_model_folder_gives(finished, scenes):
     workdir, metrics = finished
     assert metrics["eval/examples"] == 5

@@ -136,6 +136,7 @@ def test_eval_without_a_checkpoint_is_refused(small_config, tmp_path):
     assert not (tmp_path / "mistyped").exists()
 
 
+@pytest.mark.slow
 def test_the_same_config_gives_the_same_in_another_thread(
     finished, small_config, tmp_path, read_metrics, clocked
 ):
@@ -164,6 +165,7 @@ def test_another_seed_and_no_test_split(finished, small_config, tmp_path, read_m
     assert all(a["train/loss"] != b["train/loss"] for a, b in zip(ours, others, strict=True))
 
 
+@pytest.mark.slow
 def test_without_validation_the_last_weights_are_the_model(small_config, tmp_path, read_metrics):
     small_config.data.validation_split = ""
     metrics = train_and_evaluate(small_config, tmp_path)

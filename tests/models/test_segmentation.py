@@ -85,6 +85,7 @@ def test_training_gives_auxiliary_logits_and_new_statistics(head):
     assert all(jax.tree.leaves(moved))
 
 
+@pytest.mark.slow
 def test_bfloat16_gives_float32_logits_near_those_of_float32():
     _, variables, apply = _made("upernet")
     model = _made("upernet")[0].clone(dtype="bfloat16")
@@ -174,6 +175,7 @@ _STATISTICS = """
 """
 
 
+@pytest.mark.slow
 def test_batch_norm_is_that_of_the_whole_batch_on_eight_devices():
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", textwrap.dedent(_STATISTICS)],

@@ -31,6 +31,7 @@ def _marked(batch, height, width):
     return jnp.asarray(images), jnp.eye(batch)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=30, derandomize=True)
 @given(seed=st.integers(0, 2**31), height=st.integers(1, 40), width=st.integers(1, 40))
 def test_cutmix_label_weights_are_the_true_area(seed, height, width):
@@ -184,6 +185,7 @@ _SHARDED = """
 """
 
 
+@pytest.mark.slow
 def test_a_sharded_batch_is_prepared_alike():
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(_SHARDED)],

@@ -151,6 +151,7 @@ def test_learning_rates_fall_with_the_depth():
         assert jnp.broadcast_shapes(np.shape(scale), leaf.shape) == leaf.shape
 
 
+@pytest.mark.slow
 def test_updates_are_scaled_by_depth_after_adamw():
     params = _parameters(depths=(1, 2, 1, 1))
     gradients = jax.tree.map(lambda p: p * 1e-3, params)
