@@ -81,7 +81,7 @@ def test_newest_and_best_are_kept_and_the_newest_comes_back(tmp_path):
     best = Best()
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         for step, top1 in enumerate([0.1, 0.6, 0.9, 0.8, 0.5, 0.9, 0.2, 0.3, 0.1], 1):
-            best = max(best, Best(step, top1), key=lambda b: b.top1)
+            best = max(best, Best(step, top1), key=lambda b: b.score)
             checkpoints.save(step, _state(step), best)
     assert _kept(tmp_path) == [3, 8, 9]
     restored, found = _restore(tmp_path)
