@@ -140,6 +140,9 @@ def test_imagenet_follows_the_published_recipe():
     assert tiny.augment.to_dict() == {
         "crop": "random_resized_crop",
         "min_scale": 0.08,
+        "scale": (0.5, 2.0),
+        "class_share": 0.75,
+        "photometric": False,
         "flip": True,
         "shift": 0,
         "randaugment": "rand-m9-mstd0.5-inc1",
