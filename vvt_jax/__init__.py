@@ -19,10 +19,19 @@ _HOMES = {
     "preprocess": "vvt_jax.data.preprocess",
     "train_and_evaluate": "vvt_jax.train",
 }
-_SUBMODULES = ("attention", "convert", "data", "explain", "models", "pretrained", "train")
+_SUBMODULES = (
+    "attention",
+    "convert",
+    "data",
+    "explain",
+    "models",
+    "pretrained",
+    "segment",
+    "train",
+)
 
 if TYPE_CHECKING:  # what the lazy lookup below resolves to
-    from vvt_jax import attention, convert, data, explain, models, pretrained, train
+    from vvt_jax import attention, convert, data, explain, models, pretrained, segment, train
     from vvt_jax.data.preprocess import preprocess
     from vvt_jax.models import create_model, create_segmenter, list_models
     from vvt_jax.predictor import Predictor
@@ -43,6 +52,7 @@ __all__ = [
     "preprocess",
     "pretrained",
     "save_pretrained",
+    "segment",
     "train",
     "train_and_evaluate",
 ]

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from vvt_jax.models import VVT
+from vvt_jax.models import VVT, Segmenter
 from vvt_jax.models.vvt import VARIANTS, create_model, model_fields
 
 FILE = "README.md"
@@ -30,6 +30,8 @@ def model_card(model: VVT, card: Mapping[str, Any], parameters: int) -> str:
     """
     name = variant_name(model)
     task = "image-classification" if model.num_classes else "image-feature-extraction"
+    if isinstance(model, Segmenter):
+        task = "image-segmentation"
     lines = [
         "---",
         "library_name: vvt_jax",

@@ -17,7 +17,7 @@ from vvt_jax import parallel, pretrained
 from vvt_jax.data import preprocess, sources
 from vvt_jax.data.sources import BrokenImageError
 from vvt_jax.errors import UserError
-from vvt_jax.models import VVT, unstack_blocks
+from vvt_jax.models import VVT, Segmenter, unstack_blocks
 from vvt_jax.models.vvt import SMALLEST_SIDE
 
 ImageLike: TypeAlias = str | os.PathLike | PIL.Image.Image | np.ndarray
@@ -159,6 +159,10 @@ class Predictor:
 
     def check_classifier(self) -> None:
         """Raises UserError where the model has none."""
+        if isinstance(self.model, Segmenter):
+            raise UserError(
+                "The model labels pixels, not images: vvt_jax.segment.segment_image uses it."
+            )
         if not self.model.num_classes:
             raise UserError("The model has no classifier (num_classes=0): it gives features only.")
 
