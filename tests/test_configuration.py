@@ -153,9 +153,6 @@ def test_imagenet_follows_the_published_recipe():
         "mix_probability": 1.0,
         "cutmix_probability": 0.5,
         "erase": 0.25,
-        "scale": (0.5, 2.0),  # this one and what follows is for segmentation
-        "class_share": 0.75,
-        "photometric": False,
     }
     assert (tiny.optimizer.weight_decay, tiny.optimizer.label_smoothing) == (0.05, 0.1)
     assert (tiny.data.crop_fraction, tiny.data.interpolation) == (0.875, "bicubic")
