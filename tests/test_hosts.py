@@ -238,7 +238,7 @@ folder, link = Path(told["folder"]), told["link"]
 if link:
     with Checkpoints(folder / str(link - 1), keep=None) as checkpoints:
         state, best = checkpoints.restore(run.abstract_state)
-    assert best == Best(step=link - 1, top1=0.25)
+    assert best == Best(step=link - 1, score=0.25)
 else:
     rng = np.random.default_rng(0)
 
@@ -251,7 +251,7 @@ else:
 layouts = jax.tree.map(lambda x: x.sharding, (state, run.abstract_state))
 assert layouts[0] == layouts[1]
 with Checkpoints(folder / str(link), keep=1) as checkpoints:
-    checkpoints.save(link + 1, state, Best(step=link, top1=0.25))
+    checkpoints.save(link + 1, state, Best(step=link, score=0.25))
 leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(hosts.fetch(state))]
 stream = run.broken_images(print).watch(run.train_batches(2 * link))
 batches = []
