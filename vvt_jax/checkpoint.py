@@ -29,7 +29,7 @@ from orbax.checkpoint.checkpoint_managers import (
 )
 
 from vvt_jax import storage
-from vvt_jax.errors import UserError
+from vvt_jax.errors import UnwrittenError, UserError
 from vvt_jax.storage import AnyPath
 
 FORMAT_VERSION = 2
@@ -41,6 +41,10 @@ State = TypeVar("State")
 
 class CheckpointError(UserError):
     """A checkpoint that can't be read, or written."""
+
+
+class UnwrittenCheckpointError(CheckpointError, UnwrittenError):
+    """A checkpoint that can't be written."""
 
 
 class DamagedError(Exception):
@@ -84,7 +88,8 @@ class Checkpoints:
         self._folder = epath.Path(storage.absolute(folder))
         self._reads_only = keep is None
         self._say = say
-        logging.getLogger("absl").addFilter(_without_traceback)
+        for logger in ("absl", "asyncio"):
+            logging.getLogger(logger).addFilter(_without_traceback)
         handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
         state, bookkeeping = _SummedState(), _SummedBookkeeping()
         for arguments in (ocp.args.StandardSave, ocp.args.StandardRestore):
@@ -268,7 +273,7 @@ class Checkpoints:
         )
 
     def _unwritten(self, error: Exception) -> CheckpointError:
-        return CheckpointError(
+        return UnwrittenCheckpointError(
             f"A checkpoint can't be written into {self._folder} ({_describe(error)}): those that "
             "are complete stay as they are; with room on the disk, the same command goes on."
         )
@@ -383,4 +388,4 @@ def _describe(error: Exception) -> str:
 
 def _without_traceback(record: logging.LogRecord) -> bool:
     """What orbax logs of a failed save: it is raised too, and told in a sentence."""
-    return not (record.exc_info and "orbax" in record.pathname)
+    return not (record.exc_info and ("orbax" in record.pathname or "orbax" in record.getMessage()))

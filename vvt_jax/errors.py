@@ -12,6 +12,10 @@ class UserError(ValueError):
     """Bad input. The message is one sentence that names the thing and the mend."""
 
 
+class UnwrittenError(UserError):
+    """A file of a run that can't be written, most often because the disk is full."""
+
+
 @contextlib.contextmanager
 def telling_of_full_disks(folder: str | os.PathLike) -> Iterator[None]:
     """Says which file of a run has no room on its disk.
@@ -24,7 +28,7 @@ def telling_of_full_disks(folder: str | os.PathLike) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise
-        raise UserError(
+        raise UnwrittenError(
             f"{error.filename or folder} can't be written ({error.strerror}): checkpoints that are "
             "complete stay as they are; with room on the disk, the same command goes on from there."
         ) from error

@@ -4,13 +4,14 @@ python -m vvt_jax.main --config=configs/digits.py --workdir=runs/digits [--confi
 """
 
 import functools
+import os
 import sys
 
 from absl import app, flags
 from ml_collections import config_flags
 
 from vvt_jax.configuration import ConfigError, parse_flags
-from vvt_jax.errors import UserError
+from vvt_jax.errors import UnwrittenError, UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file with get_config(); configs/common.py lists the fields."
@@ -30,6 +31,11 @@ def main(argv: list[str]) -> None:
         if argv[1:]:
             raise ConfigError(f"Not a flag: {argv[1]}; a field is given as --config.field=value.")
         train_and_evaluate(_CONFIG.value, str(_WORKDIR.value))
+    except UnwrittenError as error:
+        # All that can be saved is. What libraries write in the background would fail once more at
+        # the program's end, and say so in tracebacks.
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
     except UserError as error:
         sys.exit(f"error: {error}")
     except Interrupted as interrupted:
