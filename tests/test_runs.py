@@ -86,10 +86,8 @@ def test_killed_and_resumed_equals_straight(run, straight, tmp_path, read_metric
     assert_same_run(straight, tmp_path, read_metrics)
 
 
-@pytest.mark.parametrize(
-    ("signum", "status"),
-    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_interrupted_and_resumed_equals_straight(
     run, straight, tmp_path, read_metrics, signum, status
 ):

@@ -23,7 +23,7 @@ def mixed_config(small_config):
     return small_config
 
 
-@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("step", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_shows_what_the_step_sees(mixed_config, step):
     images, targets, names = training_batch(mixed_config, step)
     assert tuple(names) == tuple("0123456789")

@@ -59,7 +59,10 @@ def test_adaptive_average_is_the_mean_of_each_window(side, bins):
             )
 
 
-@pytest.mark.parametrize(("head", "size"), [("fpn", (50, 37)), ("upernet", (37, 50))])
+@pytest.mark.parametrize(
+    ("head", "size"),
+    [("fpn", (50, 37)), pytest.param("upernet", (37, 50), marks=pytest.mark.slow)],
+)
 def test_logits_have_the_images_size(head, size):
     _, variables, apply = _made(head)
     logits = apply(variables, _images(2, *size))
