@@ -16,6 +16,8 @@ from vvt_jax.pretrained import load_pretrained
 from vvt_jax.segment import segment_image
 from vvt_jax.train import train_and_evaluate
 
+pytestmark = pytest.mark.slow  # a run of its own
+
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
@@ -87,7 +89,6 @@ def _measure(folder, scenes):
     return np.mean(hits[union > 0] / union[union > 0]), hits.sum() / confusion.sum()
 
 
-@pytest.mark.slow
 def test_a_run_measures_what_its_model_folder_gives(finished, scenes):
     workdir, metrics = finished
     assert metrics["eval/examples"] == 5
