@@ -230,6 +230,13 @@ class Checkpoints:
         return aside.name
 
     def _read(self, step: int, abstract_state: Any) -> tuple[Any, Best]:
+        self._check_version(step, _read_version(self._folder / str(step)))
+        # First: a restore that fails halfway leaves TensorStore's threads to print tracebacks.
+        if difference := _first_difference(self._saved_tree(step), abstract_state):
+            raise CheckpointError(
+                f"The checkpoint {self._folder / str(step)} is of another model or optimizer: "
+                f"{difference}; use another workdir, or the config that it was made with."
+            )
         try:
             found = self._manager.restore(
                 step,
@@ -239,10 +246,9 @@ class Checkpoints:
                 ),
             )
         except Exception as error:  # orbax raises whatever its storage layers do
-            other = _first_difference(self._saved_tree(step), abstract_state)
-            raise self._unreadable(step, error, other) from error
+            raise self._unreadable(step, error) from error
         book = dict(found["bookkeeping"])
-        self._check_version(step, book.pop("format_version", None))
+        del book["format_version"]
         return found["state"], Best(**book)
 
     def _saved_tree(self, step: int) -> Any:
@@ -258,18 +264,10 @@ class Checkpoints:
                 f"but this program reads version {FORMAT_VERSION}."
             )
 
-    def _unreadable(
-        self, step: int, error: Exception, difference: str | None = None
-    ) -> CheckpointError:
-        folder = self._folder / str(step)
-        if difference:
-            return CheckpointError(
-                f"The checkpoint {folder} is of another model or optimizer: {difference}; use "
-                "another workdir, or the config that it was made with."
-            )
+    def _unreadable(self, step: int, error: Exception) -> CheckpointError:
         return CheckpointError(
-            f"The checkpoint {folder} can't be read ({_describe(error)}), though its files are as "
-            "they were written."
+            f"The checkpoint {self._folder / str(step)} can't be read ({_describe(error)}), though "
+            "its files are as they were written."
         )
 
     def _unwritten(self, error: Exception) -> CheckpointError:
