@@ -10,11 +10,18 @@ import sys
 import textwrap
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
+import PIL.ImageOps
 import pytest
 
+import vvt_jax
 from vvt_jax import explain, predict
+from vvt_jax.data import overlay
+from vvt_jax.data.preprocess import to_rgb
 from vvt_jax.data.sources import open_source
 
 
@@ -152,6 +159,101 @@ def test_an_image_is_never_written_over(command, images, tmp_path):
     assert status == 1
     assert f"{tmp_path}/a.png.png is an image to be read: give another --heatmap." in err
     assert (tmp_path / "a.png.png").read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def segmenter_folder(tmp_path_factory):
+    """A small segmenter that nobody trained."""
+    model = vvt_jax.create_segmenter(
+        "vvt_nano",
+        num_classes=3,
+        head_channels=8,
+        depths=(1, 1, 1, 1),
+        embed_dims=(8, 8, 16, 16),
+        num_heads=(1, 1, 2, 2),
+    )
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    record = {
+        "size": [32, 32],
+        "crop_fraction": 1.0,
+        "interpolation": "bilinear",
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.25, 0.25, 0.25],
+    }
+    folder = tmp_path_factory.mktemp("segmenter") / "model"
+    card = {"preprocessing": record, "class_names": ["sky", "road", "tree"]}
+    vvt_jax.save_pretrained(folder, model, variables, card)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Three of one size, one of them lying on its side, and a broken one."""
+    folder = tmp_path_factory.mktemp("photos")
+    random = np.random.default_rng(0)
+    for name in ("a", "b", "c"):
+        pixels = random.integers(0, 256, (5, 7, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+        picture, exif = PIL.Image.fromarray(pixels), PIL.Image.Exif()
+        if name == "b":
+            exif[PIL.ExifTags.Base.Orientation] = 6
+        picture.save(folder / f"{name}.png", exif=exif)
+    (folder / "broken.png").write_bytes((folder / "a.png").read_bytes()[:200])
+    return folder
+
+
+def test_a_segmenter_labels_every_pixel(command, photos, segmenter_folder, tmp_path):
+    out = tmp_path / "masks"
+    given = (photos, f"--masks={out}", "--format=json", "--top=3")
+    status, printed, err = command(*given, model=segmenter_folder)
+    assert status == 1
+    assert err.startswith(f"error: {photos}/broken.png can't be decoded: ")
+    lines = [json.loads(line) for line in printed.splitlines()]
+    assert [Path(line["image"]).name for line in lines] == ["a.png", "b.png", "c.png"]
+    assert len(list(out.iterdir())) == 6
+    model, variables, card = vvt_jax.load_pretrained(segmenter_folder)
+    for line in lines:
+        assert sum(line["shares"]) == pytest.approx(1)
+        with PIL.Image.open(line["image"]) as picture:
+            upright = to_rgb(PIL.ImageOps.exif_transpose(picture))
+        classes = vvt_jax.segment.segment_image(model, variables, card, upright)
+        name = Path(line["image"]).name
+        with PIL.Image.open(out / f"{name}.mask.png") as mask:
+            found = np.asarray(mask)
+        assert found.shape == ((56, 40) if name == "b.png" else (40, 56))
+        assert (found == classes).mean() > 0.99  # but for rounding, at borders between classes
+        with PIL.Image.open(out / f"{name}.overlay.png") as tinted:
+            np.testing.assert_array_equal(tinted, overlay.draw_overlay(upright, found, 3))
+        for label, class_name, share in zip(
+            line["labels"], line["names"], line["shares"], strict=True
+        ):
+            assert class_name == card["class_names"][label]
+            assert share == pytest.approx((found == label).mean())
+
+
+def test_shares_of_pixels_as_a_table_and_as_csv(command, photos, segmenter_folder):
+    status, printed, err = command(photos / "a.png", "--top=1", model=segmenter_folder)
+    assert (status, err) == (0, "")
+    assert [line.split()[-1] for line in printed.splitlines()][1] in ("sky", "road", "tree")
+    _, printed, _ = command(photos / "a.png", "--format=csv", model=segmenter_folder)
+    rows = list(csv.DictReader(io.StringIO(printed)))
+    assert list(rows[0]) == ["image", "rank", "label", "name", "share"]
+    assert sum(float(row["share"]) for row in rows) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flag", "segments", "told"),
+    [
+        ("--masks", False, "The model classifies images, not pixels: --masks is for a segmenter"),
+        ("--heatmap", True, "The model labels pixels: in place of --heatmap and --stage, --masks="),
+    ],
+)
+def test_pictures_of_another_kind_of_model_are_refused(
+    command, photos, digits_folder, segmenter_folder, tmp_path, flag, segments, told
+):
+    model = segmenter_folder if segments else digits_folder
+    status, printed, err = command(photos / "a.png", f"{flag}={tmp_path / 'out'}", model=model)
+    assert (status, printed) == (1, "")
+    assert told in err
 
 
 # Bad input. Each of these is told before jax is even imported.

@@ -339,6 +339,8 @@ _PREPROCESSING = _CARD["preprocessing"]
         ({"preprocessing": {**_PREPROCESSING, "crop_fraction": None}}, "is unfit"),
         ({"preprocessing": {**_PREPROCESSING, "interpolation": ["x"]}}, "is unfit"),
         ({"preprocessing": {**_PREPROCESSING, "mean": "abc"}}, "is unfit"),
+        ({"inference": {"stride": 0}}, "the card's inference is unfit: The settings are"),
+        ({"inference": 7}, "the card's inference is unfit"),
         ({"class_names": "abc"}, "are not a list of texts"),
         ({"class_names": [1, 2, 3]}, "are not a list of texts"),
         ({"class_names": ["a", "b", "c", "d"]}, "has 4 class_names, the model 3 classes"),

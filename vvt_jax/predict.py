@@ -1,7 +1,11 @@
-"""Classes of images, from a model folder or published weights.
+"""Classes of images, or of their pixels, from a model folder or published weights.
 
     python -m vvt_jax.predict --model=runs/digits/model image.png more/ 'photos/*.jpg'
     find photos -name '*.jpg' | python -m vvt_jax.predict --model=FOLDER --format=csv -
+    python -m vvt_jax.predict --model=SEGMENTER --masks=masks photos/
+
+A segmenter's answer is the classes with the largest shares of an image's pixels; --masks=DIR writes
+the class of every pixel, as a coloured overlay and as a mask of class numbers.
 
 Images are JPEG, PNG or WebP files, folders (with all below them), patterns, or - for a list on
 standard input, a path a line. One that can't be used is told on standard error and the others go
@@ -21,7 +25,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import PIL.Image
@@ -31,7 +35,7 @@ from vvt_jax.data.sources import BrokenImageError
 from vvt_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from vvt_jax.predictor import Prediction
+    from vvt_jax.predictor import Prediction, Predictor
 
 _LABEL_BYTES = 2**22  # of a file of class names; more is another file
 
@@ -109,52 +113,82 @@ def _below(root: str, complain: Callable[[str], None]) -> Iterator[_Found]:
                 yield _Found(path, os.path.relpath(path, root))
 
 
-class Overlays:
-    """Where heat maps go: into a folder, under the images' own names and `.png`.
+@dataclasses.dataclass(frozen=True)
+class Areas:
+    """The classes of an image's pixels, the largest first.
+
+    Attributes:
+        labels: the classes' numbers, from 0.
+        names: their names.
+        shares: of the image's pixels, from 0 to 1.
+    """
+
+    labels: tuple[int, ...]
+    names: tuple[str, ...]
+    shares: tuple[float, ...]
+
+
+Answer: TypeAlias = "Prediction | Areas"
+
+
+class Pictures:
+    """Where pictures go: into a folder, under the images' own names and an ending for each kind.
 
     Images of a folder keep their sub-folders; of images with the same name, the second becomes
     `NAME-2.png`.
+
+    Args:
+        flag: that the folder was given with.
+        endings: of the kinds of picture that each image gets.
 
     Raises:
         UserError: something to be written is there already and `force` is not given, or is an
             image that is to be read, or the folder can't be made.
     """
 
-    def __init__(self, root: Path, found: Sequence[_Found], *, force: bool):
+    def __init__(
+        self, flag: str, root: Path, found: Sequence[_Found], endings: Sequence[str], *, force: bool
+    ):
+        self._flag = flag
         self._force = force
         self._written: set[Path] = set()
         taken: set[Path] = set()
-        self._paths: dict[str, Path] = {}
+        self._paths: dict[str, list[Path]] = {}
         inputs = {os.path.realpath(image.path) for image in found}
         for image in found:
             if image.path in self._paths:
                 continue
             for number in itertools.count(1):
-                ending = ".png" if number == 1 else f"-{number}.png"
-                path = root / (image.name + ending)
-                if path not in taken:
+                stem = image.name if number == 1 else f"{image.name}-{number}"
+                paths = [root / (stem + ending) for ending in endings]
+                if taken.isdisjoint(paths):
                     break
-            taken.add(path)
-            self._paths[image.path] = path
-            if os.path.realpath(path) in inputs:
-                raise UserError(f"{path} is an image to be read: give another --heatmap.")
-            self._check(path)
+            taken.update(paths)
+            self._paths[image.path] = paths
+            for path in paths:
+                if os.path.realpath(path) in inputs:
+                    raise UserError(f"{path} is an image to be read: give another {flag}.")
+                self._check(path)
         try:
             root.mkdir(parents=True, exist_ok=True)
             if not os.access(root, os.W_OK | os.X_OK):
                 raise PermissionError(None, "Permission denied")
         except OSError as error:
-            raise UserError(f"--heatmap={root} can't be a folder: {error.strerror}.") from error
+            raise UserError(f"{flag}={root} can't be a folder: {error.strerror}.") from error
 
     def _check(self, path: Path) -> None:
         if os.path.lexists(path) and not self._force:
-            raise UserError(f"{path} exists: give --force to replace it, or another --heatmap.")
+            raise UserError(f"{path} exists: give --force to replace it, or another {self._flag}.")
 
-    def write(self, image: str, overlay: PIL.Image.Image) -> None:
-        path = self._paths[image]
+    def write(self, image: str, *pictures: PIL.Image.Image) -> None:
+        """Of one image, a picture for each ending; a file is whole or not there."""
+        for path, picture in zip(self._paths[image], pictures, strict=True):
+            self._write(path, picture)
+
+    def _write(self, path: Path, picture: PIL.Image.Image) -> None:
         temporary = path.with_name(f"{path.name}.tmp")
         content = io.BytesIO()
-        overlay.save(content, "PNG")
+        picture.save(content, "PNG")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(content.getvalue())
@@ -168,8 +202,9 @@ class Overlays:
             temporary.unlink(missing_ok=True)
 
 
-def _table(image: str, prediction: "Prediction") -> str:
-    rows = zip(prediction.probabilities, prediction.names, strict=True)
+def _table(image: str, answer: Answer) -> str:
+    _, names, shares = dataclasses.astuple(answer)
+    rows = zip(shares, names, strict=True)
     return "\n".join([_escaped(image), *(f"  {share:8.2%}  {name}" for share, name in rows)])
 
 
@@ -178,12 +213,12 @@ def _escaped(text: str) -> str:
     return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", lambda found: ascii(found[0])[1:-1], text)
 
 
-def _json(image: str, prediction: "Prediction") -> str:
-    return json.dumps({"image": image, **dataclasses.asdict(prediction)})
+def _json(image: str, answer: Answer) -> str:
+    return json.dumps({"image": image, **dataclasses.asdict(answer)})
 
 
-def _csv(image: str, prediction: "Prediction") -> str:
-    rows = zip(prediction.labels, prediction.names, prediction.probabilities, strict=True)
+def _csv(image: str, answer: Answer) -> str:
+    rows = zip(*dataclasses.astuple(answer), strict=True)
     return _csv_lines(
         [image, rank, label, name, f"{share:.6f}"]
         for rank, (label, name, share) in enumerate(rows, 1)
@@ -196,7 +231,7 @@ def _csv_lines(rows: Iterable[Sequence[Any]]) -> str:
     return text.getvalue().rstrip("\n")
 
 
-_FORMATS: dict[str, Callable[[str, "Prediction"], str]] = {
+_FORMATS: dict[str, Callable[[str, Answer], str]] = {
     "table": _table,
     "json": _json,
     "csv": _csv,
@@ -222,13 +257,17 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=_positive, default=16, help="images a call; default 16")
     parser.add_argument("--format", choices=_FORMATS, default="table", help="default: table")
     parser.add_argument("--labels", metavar="FILE", help="class names, one a line")
-    parser.add_argument(
+    pictures = parser.add_mutually_exclusive_group()
+    pictures.add_argument(
         "--heatmap", metavar="DIR", type=Path, help="writes where each image's best class is seen"
+    )
+    pictures.add_argument(
+        "--masks", metavar="DIR", type=Path, help="writes the class of every pixel, of a segmenter"
     )
     parser.add_argument(
         "--stage", type=int, choices=range(1, 5), help="of the heat maps; default: one that shows"
     )
-    parser.add_argument("--force", action="store_true", help="replace heat maps that are there")
+    parser.add_argument("--force", action="store_true", help="replace pictures that are there")
     parser.add_argument("images", nargs="+", help="files, folders, patterns, or - for a list")
     return parser.parse_args(arguments)
 
@@ -236,19 +275,24 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _predict(options: argparse.Namespace, complain: Callable[[str], None]) -> None:
     class_names = None if options.labels is None else read_labels(options.labels)
     found: Iterable[_Found] = find_images(options.images, complain)
-    overlays = None
-    if options.heatmap is not None or "-" not in options.images:
+    pictures = None
+    wants_pictures = options.heatmap is not None or options.masks is not None
+    if wants_pictures or "-" not in options.images:
         found = list(found)  # a list on standard input may have no end
         if not found:
             return
         # A power of two, so that there are few programs for jax's cache of compiled ones
         options.batch = min(options.batch, 1 << (len(found) - 1).bit_length())
-    if options.heatmap is not None:
-        overlays = Overlays(options.heatmap, list(found), force=options.force)
+        if options.heatmap is not None:
+            pictures = Pictures("--heatmap", options.heatmap, found, [".png"], force=options.force)
+        if options.masks is not None:
+            endings = (".overlay.png", ".mask.png")
+            pictures = Pictures("--masks", options.masks, found, endings, force=options.force)
     from vvt_jax import explain  # after all that a glance can tell, since it takes seconds
-    from vvt_jax.predictor import Predictor, batched, logits_of
+    from vvt_jax.models import Segmenter
+    from vvt_jax.predictor import Predictor
 
-    if overlays is not None:
+    if options.heatmap is not None:
         explain.check_matplotlib()
     try:
         predictor = Predictor(
@@ -258,11 +302,37 @@ def _predict(options: argparse.Namespace, complain: Callable[[str], None]) -> No
         raise
     except ValueError as error:  # a model's name or fields
         raise UserError(str(error)) from error
+    paths = (image.path for image in found)
+    if not isinstance(predictor.model, Segmenter):
+        if options.masks is not None:
+            raise UserError(
+                "The model classifies images, not pixels: --masks is for a segmenter, --heatmap "
+                "shows where a classifier looks."
+            )
+        _classify(predictor, paths, pictures, options, complain)
+        return
+    if options.heatmap is not None or options.stage is not None:
+        raise UserError(
+            "The model labels pixels: in place of --heatmap and --stage, --masks=DIR shows them."
+        )
+    _segment(predictor, paths, pictures, options, complain)
+
+
+def _classify(
+    predictor: "Predictor",
+    paths: Iterable[str],
+    heat_maps: Pictures | None,
+    options: argparse.Namespace,
+    complain: Callable[[str], None],
+) -> None:
+    from vvt_jax import explain
+    from vvt_jax.predictor import batched, logits_of
+
     predictor.check_classifier()
     class_map = explain.class_map_of(options.stage or explain.default_stage(predictor))
     if options.format == "csv":
         print("image,rank,label,name,probability")
-    for batch in batched(predictor.read(image.path for image in found), predictor.batch_size):
+    for batch in batched(predictor.read(paths), predictor.batch_size):
         sound = []
         for path, pixels in batch:
             if isinstance(pixels, BrokenImageError):
@@ -272,15 +342,52 @@ def _predict(options: argparse.Namespace, complain: Callable[[str], None]) -> No
         if not sound:
             continue
         pixels = np.stack([pixels for _, pixels in sound])
-        if overlays is None:
+        if heat_maps is None:
             logits, maps = predictor.run(logits_of, pixels), None
         else:
             logits, maps = predictor.run(class_map, pixels)
         for i, (path, image) in enumerate(sound):
             prediction = predictor.describe(logits[i], options.top)
             print(_FORMATS[options.format](path, prediction), flush=True)
-            if overlays is not None and maps is not None:
-                overlays.write(path, explain.overlay(image, maps[i]))
+            if heat_maps is not None and maps is not None:
+                heat_maps.write(path, explain.overlay(image, maps[i]))
+
+
+def _segment(
+    predictor: "Predictor",
+    paths: Iterable[str],
+    masks: Pictures | None,
+    options: argparse.Namespace,
+    complain: Callable[[str], None],
+) -> None:
+    from vvt_jax.data import overlay
+    from vvt_jax.predictor import read_upright
+    from vvt_jax.segment import segment_image
+
+    if options.format == "csv":
+        print("image,rank,label,name,share")
+    count = predictor.model.num_classes
+    for path in paths:
+        try:
+            image = read_upright(path)
+            classes = segment_image(predictor.model, predictor.variables, predictor.card, image)
+        except BrokenImageError as error:
+            complain(str(error))
+            continue
+        print(_FORMATS[options.format](path, _areas(classes, predictor, options.top)), flush=True)
+        if masks is not None:
+            tinted = overlay.draw_overlay(image, classes, count)
+            masks.write(path, tinted, overlay.index_mask(classes, count))
+
+
+def _areas(classes: np.ndarray, predictor: "Predictor", top: int) -> Areas:
+    shares = np.bincount(classes.ravel(), minlength=predictor.model.num_classes) / classes.size
+    order = [i for i in np.argsort(-shares, kind="stable")[:top].tolist() if shares[i]]
+    return Areas(
+        labels=tuple(order),
+        names=tuple(predictor.class_names[i] for i in order),
+        shares=tuple(float(shares[i]) for i in order),
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -295,13 +295,18 @@ def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield batch
 
 
+def read_upright(path: str) -> PIL.Image.Image:
+    """The RGB image in a file, turned as its EXIF orientation says, or BrokenImageError."""
+    # Opening a pipe would wait for ever
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise BrokenImageError(f"{path} can't be decoded: it is no regular file.")
+    return sources.decode(path, path, upright=True)
+
+
 def _prepare(image: ImageLike, record: Mapping[str, Any]) -> np.ndarray:
     if isinstance(image, str | os.PathLike):
         path = os.fspath(image)
-        # Opening a pipe would wait for ever
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise BrokenImageError(f"{path} can't be decoded: it is no regular file.")
-        decoded = sources.decode(path, path, upright=True)
+        decoded = read_upright(path)
         try:
             return preprocess.eval_image(decoded, record)
         except ValueError as error:  # too long and narrow

@@ -21,6 +21,7 @@ from vvt_jax import convert, hub, model_card, storage
 from vvt_jax.data.preprocess import check_record
 from vvt_jax.models import VVT, Segmenter
 from vvt_jax.models.vvt import from_fields, model_fields
+from vvt_jax.segment import check_inference
 from vvt_jax.storage import AnyPath
 from vvt_jax.weights import WeightsError, check_arrays, variable_shapes
 
@@ -185,6 +186,12 @@ def _check_card(card: Any, model: VVT, where: str = "") -> None:
         except (AttributeError, OverflowError, TypeError, ValueError) as error:
             reason = str(error).rstrip(".")
             raise WeightsError(f"{where}the card's preprocessing is unfit: {reason}.") from error
+    if "inference" in card:
+        try:
+            check_inference(card["inference"])
+        except (TypeError, ValueError) as error:
+            reason = str(error).rstrip(".")
+            raise WeightsError(f"{where}the card's inference is unfit: {reason}.") from error
     if "class_names" in card:
         names = card["class_names"]
         if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):

@@ -4,7 +4,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from vvt_jax.data.overlay import draw_comparison, draw_overlay, index_mask, palette, write_pictures
+from vvt_jax.data.overlay import draw_comparison, draw_overlay, index_mask, palette
 
 
 @pytest.fixture
@@ -33,15 +33,6 @@ def test_an_overlay_mixes_colours_but_for_ignored_pixels(classes):
     expected = np.round(0.5 * np.array([100, 50, 200]) + 0.5 * palette(150)[classes].astype(float))
     expected[1, 1] = (100, 50, 200)
     np.testing.assert_array_equal(drawn, expected)
-
-
-def test_pictures_have_the_sources_size(classes, tmp_path):
-    image = PIL.Image.new("RGB", (3, 2))
-    overlay, mask = write_pictures(tmp_path, "street", image, classes, 150)
-    assert (overlay.name, mask.name) == ("street_overlay.png", "street_mask.png")
-    for path in (overlay, mask):
-        with PIL.Image.open(path) as picture:
-            assert picture.size == (3, 2)
 
 
 def test_a_sheet_shows_image_truth_and_prediction():

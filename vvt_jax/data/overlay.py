@@ -2,7 +2,6 @@
 
 import colorsys
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -54,24 +53,6 @@ def draw_overlay(
     tinted = (1 - strength) * pixels + strength * palette(num_classes)[classes]
     kept = np.where((classes == IGNORED)[..., None], pixels, tinted)
     return PIL.Image.fromarray(np.round(kept).astype(np.uint8))
-
-
-def write_pictures(
-    folder: Path, stem: str, image: PIL.Image.Image, classes: np.ndarray, num_classes: int
-) -> tuple[Path, Path]:
-    """Writes `STEM_overlay.png` and `STEM_mask.png`, both of the image's size; returns their paths.
-
-    Args:
-        folder: is there.
-        stem: of the files' names.
-        image: RGB.
-        classes: uint8 `[height, width]`, as `segment_image` gives them.
-        num_classes: of the model.
-    """
-    paths = (folder / f"{stem}_overlay.png", folder / f"{stem}_mask.png")
-    draw_overlay(image, classes, num_classes).save(paths[0])
-    index_mask(classes, num_classes).save(paths[1])
-    return paths
 
 
 def draw_comparison(
