@@ -156,7 +156,14 @@ class Checkpoints:
         Raises:
             CheckpointError: all are damaged, or it is of another format version or another model.
         """
-        state, best = self._read(self._newest_sound_step(), abstract_state)
+        step = self._newest_sound_step()
+        # First: a restore that fails halfway leaves TensorStore's threads to print tracebacks.
+        if difference := _first_difference(self._saved_tree(step), abstract_state):
+            raise CheckpointError(
+                f"The checkpoint {self._folder / str(step)} is of another model or optimizer: "
+                f"{difference}; use another workdir, or the config that it was made with."
+            )
+        state, best = self._read(step, abstract_state)
         # Arrays of orbax's own making may share memory with what it read: the step donates them.
         return jax.tree.map(lambda x: x.copy(), state), best
 
@@ -219,6 +226,7 @@ class Checkpoints:
             self._check_version(step, _read_version(folder))
         for item in _ITEMS:
             verify_sums(folder / item)
+        self._check_version(step, _read_version(folder))
 
     def _put_aside(self, step: int) -> str:
         folder = self._folder / str(step)
@@ -230,13 +238,6 @@ class Checkpoints:
         return aside.name
 
     def _read(self, step: int, abstract_state: Any) -> tuple[Any, Best]:
-        self._check_version(step, _read_version(self._folder / str(step)))
-        # First: a restore that fails halfway leaves TensorStore's threads to print tracebacks.
-        if difference := _first_difference(self._saved_tree(step), abstract_state):
-            raise CheckpointError(
-                f"The checkpoint {self._folder / str(step)} is of another model or optimizer: "
-                f"{difference}; use another workdir, or the config that it was made with."
-            )
         try:
             found = self._manager.restore(
                 step,
@@ -248,7 +249,7 @@ class Checkpoints:
         except Exception as error:  # orbax raises whatever its storage layers do
             raise self._unreadable(step, error) from error
         book = dict(found["bookkeeping"])
-        del book["format_version"]
+        book.pop("format_version", None)
         return found["state"], Best(**book)
 
     def _saved_tree(self, step: int) -> Any:

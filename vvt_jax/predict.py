@@ -254,7 +254,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="a model folder, or published weights")
     parser.add_argument("--name", help="of the model, for weights that don't say it: vvt_small")
     parser.add_argument("--top", type=_positive, default=5, help="classes an image; default 5")
-    parser.add_argument("--batch", type=_positive, default=16, help="images a call; default 16")
+    parser.add_argument(
+        "--batch", type=_positive, default=16, help="images a call; default 16 (a segmenter: 1)"
+    )
     parser.add_argument("--format", choices=_FORMATS, default="table", help="default: table")
     parser.add_argument("--labels", metavar="FILE", help="class names, one a line")
     pictures = parser.add_mutually_exclusive_group()

@@ -75,7 +75,7 @@ def draw_pixels() -> None:
         axes.loglog(pixels, values, "o", label="compiled" if name == "memory" else "measured")
         straight = [values[0] * p / pixels[0] for p in pixels]
         axes.loglog(pixels, straight, ":", color="grey", label="linear in the first")
-        axes.set_xticks(pixels, [f"{r['setting']['width']}²" for r in found], minor=False)
+        axes.set_xticks(pixels, [f"{r['setting']['width']}²" for r in found])
         axes.set_xticks([], minor=True)
         axes.set_title(f"Forward {name}: pixels to the power {exponent(pixels, values):.3f}")
         axes.legend(fontsize=8)
