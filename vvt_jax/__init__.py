@@ -5,7 +5,15 @@ costs nothing and `python -m vvt_jax.convert` runs the module once.
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING
+
+if sys.argv[:1] == [
+    "-m"
+]:  # Python is looking for a command of this package, and has loaded no more
+    from vvt_jax.huge_pages import restart_with_huge_pages
+
+    restart_with_huge_pages()
 
 __version__ = "0.1.0"
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from vvt_jax import parallel
 from vvt_jax.benchmark import Program, Setting, target_devices, time_in_turn
+from vvt_jax.huge_pages import restart_with_huge_pages
 
 HERE = Path(__file__).parent
 SIDES = (512, 768, 1024, 1536, 2048, 3072, 4096)
@@ -198,6 +199,7 @@ def _save(figure, name: str) -> None:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     parts = {p.__name__: p for p in (memory, devices, bands, time, bands_time, equal, chip)}
     chosen = sys.argv[1:] or list(parts)
     if unknown := [name for name in chosen if name not in parts]:

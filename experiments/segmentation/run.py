@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from vvt_jax import costs
+from vvt_jax.huge_pages import restart_with_huge_pages
 from vvt_jax.models import create_segmenter
 from vvt_jax.weights import variable_shapes
 
@@ -159,4 +160,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     main(sys.argv[1:])

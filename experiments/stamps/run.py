@@ -19,6 +19,7 @@ from experiments.stamps import config as stamps_config
 from vvt_jax.data.segmentation import IGNORED
 from vvt_jax.data.sources import Source, open_source
 from vvt_jax.errors import UserError
+from vvt_jax.huge_pages import restart_with_huge_pages
 from vvt_jax.interruption import Interrupted
 from vvt_jax.segment import segmentation_metrics
 from vvt_jax.train import train_and_evaluate
@@ -128,4 +129,5 @@ def table(rows: list[dict], steps: int) -> str:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     main()
