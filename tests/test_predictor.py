@@ -181,7 +181,7 @@ def test_other_formats_are_not_even_tried(predictor, tmp_path):
 @pytest.mark.parametrize(
     ("card", "words"),
     [
-        ({}, "card has no preprocessing"),
+        ({}, "card without preprocessing"),
         ({"preprocessing": {"size": [32, 32]}}, "can't be used: A preprocessing record has"),
         ({"size": 7}, "can't be used"),
         ({"size": [10**6, 10**6]}, "is too large"),

@@ -4,7 +4,6 @@ import csv
 import json
 
 import numpy as np
-import PIL.Image
 import pytest
 
 from configs import digits, folder_segmentation
@@ -17,28 +16,6 @@ from vvt_jax.segment import segment_image
 from vvt_jax.train import train_and_evaluate
 
 pytestmark = pytest.mark.slow  # a run of its own
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
-    """Images of growing sizes: a red or green square on noise, and an ignored border."""
-    root = tmp_path_factory.mktemp("scenes")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 12), ("val", 5)):
-        for part in ("images", "masks"):
-            (root / split / part).mkdir(parents=True)
-        for i in range(count):
-            image = rng.integers(0, 60, (34 + i % 3, 40 + i, 3), dtype=np.uint8)
-            mask = np.zeros(image.shape[:2], np.uint8)
-            mask[:2] = 255
-            top, left = (int(rng.integers(2, side - 16)) for side in mask.shape)
-            kind = 1 + i % 2
-            mask[top : top + 16, left : left + 16] = kind
-            image[top : top + 16, left : left + 16, kind - 1] += 150
-            PIL.Image.fromarray(image).save(root / split / "images" / f"{i}.png")
-            PIL.Image.fromarray(mask).save(root / split / "masks" / f"{i}.png")
-    (root / "classes.txt").write_text("noise\nred\ngreen\n")
-    return root
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
-"""A model as one file of StableHLO that runs without this package: program and weights.
+"""A model as one file of StableHLO or ONNX that runs without this package: program and weights.
 
     python -m vvt_jax.export runs/digits/model --out=digits.jax
     python -m vvt_jax.export vvt_small_224.pth --out=small.jax --size=symbolic --batch=8
+    python -m vvt_jax.export runs/digits/model --out=digits.onnx --batch=8
 
 The file takes normalised images `[batch, height, width, 3]`, float32, and gives logits. Beside it
 stands FILE.json with the preprocessing and the class names. To run it, jax is enough:
@@ -10,7 +11,8 @@ stands FILE.json with the preprocessing and the class names. To run it, jax is e
     run = jax.export.deserialize(open("digits.jax", "rb").read()).call
     logits = run(images)
 
-jax promises to read such a file for six months after the version that wrote it.
+jax promises to read such a file for six months after the version that wrote it. A name that ends in
+.onnx makes a file for ONNX runtimes instead (extra `onnx`), for a fixed number of images a call.
 """
 
 import argparse
@@ -27,7 +29,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 
-from vvt_jax import forms
+from vvt_jax import forms, onnx_export
 from vvt_jax.convert import check_output, parse_fields
 from vvt_jax.errors import UserError
 from vvt_jax.models import VVT
@@ -87,13 +89,12 @@ def export_model(
     return jax.export.export(jax.jit(forward), platforms=platforms)(images)
 
 
-def write(path: Path, exported: jax.export.Exported, model: VVT, card: Mapping[str, Any]) -> Path:
-    """Writes the program, and its description to FILE.json, whose path is returned."""
-    content = bytes(exported.serialize())
+def write(
+    path: Path, content: bytes, told: Mapping[str, Any], model: VVT, card: Mapping[str, Any]
+) -> Path:
+    """Writes a program, and to FILE.json what is told of it; returns the latter's path."""
     description = {
-        "input": {"images": str(exported.in_avals[0])},
-        "output": str(exported.out_avals[0]),
-        "platforms": list(exported.platforms),
+        **told,
         "jax_version": jax.__version__,
         "sha256": hashlib.sha256(content).hexdigest(),
         "num_classes": model.num_classes,
@@ -110,22 +111,22 @@ def write(path: Path, exported: jax.export.Exported, model: VVT, card: Mapping[s
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
     try:
+        onnx = options.out.suffix == onnx_export.SUFFIX
         size, batch = _size(options.size), _batch(options.batch)
-        platforms = options.platforms.split(",")
-        for platform in platforms:
-            if platform not in PLATFORMS:
-                raise UserError(
-                    f"--platforms={options.platforms} has {platform!r}: it takes some of "
-                    f"{','.join(PLATFORMS)}."
-                )
+        platforms = _platforms(options.platforms)
         _check_out(options.out, options.force)
         fields = parse_fields(options.set)
         model, variables, card = load_pretrained(options.model, options.name, **fields)
         if options.size is None:
             height, width = card.get("preprocessing", {}).get("size", (224, 224))
             size = (height, width)
-        exported = export_model(model, variables, size=size, batch=batch, platforms=platforms)
-        beside = write(options.out, exported, model, card)
+        if onnx:
+            batch = 1 if options.batch is None else batch
+            content, told = onnx_export.export_onnx(model, variables, size=size, batch=batch)
+        else:
+            exported = export_model(model, variables, size=size, batch=batch, platforms=platforms)
+            content, told = bytes(exported.serialize()), describe(exported)
+        beside = write(options.out, content, told, model, card)
     except ValueError as error:  # UserError, and fields that a model does not have
         sys.exit(f"error: {error}")
     except OSError as error:
@@ -134,9 +135,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
     megabytes = options.out.stat().st_size / 1e6
     print(
-        f"{options.out} ({megabytes:.1f} MB) takes {exported.in_avals[0]} on "
-        f"{', '.join(platforms)}; what it wants to be fed is in {beside}."
+        f"{options.out} ({megabytes:.1f} MB) takes {told['input']['images']} on "
+        f"{', '.join(told['platforms'])}; what it wants to be fed is in {beside}."
     )
+
+
+def describe(exported: jax.export.Exported) -> dict[str, Any]:
+    """What FILE.json tells of a program of StableHLO."""
+    return {
+        "input": {"images": str(exported.in_avals[0])},
+        "output": str(exported.out_avals[0]),
+        "platforms": list(exported.platforms),
+    }
 
 
 def _check_out(out: Path, force: bool) -> None:
@@ -164,9 +174,19 @@ def _size(text: str | None) -> tuple[int, int] | None:
     return sides
 
 
-def _batch(text: str) -> int | None:
+def _platforms(text: str) -> list[str]:
+    platforms = text.split(",")
+    for platform in platforms:
+        if platform not in PLATFORMS:
+            raise UserError(
+                f"--platforms={text} has {platform!r}: it takes some of {','.join(PLATFORMS)}."
+            )
+    return platforms
+
+
+def _batch(text: str | None) -> int | None:
     """Images a call; None where their number is symbolic."""
-    if text == SYMBOLIC:
+    if text is None or text == SYMBOLIC:
         return None
     if not re.fullmatch("[0-9]{1,5}", text) or not 1 <= int(text) <= _MOST:
         raise UserError(f"--batch={text} is no number from 1 to {_MOST}, nor {SYMBOLIC}.")
@@ -181,12 +201,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("model", help="a model folder, hf:// address or published .pth")
     parser.add_argument("--out", type=Path, required=True, help="FILE; FILE.json goes beside it")
-    parser.add_argument("--batch", default=SYMBOLIC, help="images a call; default: %(default)s")
+    parser.add_argument(
+        "--batch", help=f"images a call; default: {SYMBOLIC}, any number (in an ONNX file 1)"
+    )
     parser.add_argument(
         "--size", help="pixels, HEIGHTxWIDTH or symbolic; default: that of the model's card"
     )
     parser.add_argument(
-        "--platforms", default="cpu,cuda,tpu", help="that it runs on; default: %(default)s"
+        "--platforms", default="cpu,cuda,tpu", help="of StableHLO; default: %(default)s"
     )
     parser.add_argument("--name", help="of the model, where a .pth doesn't tell")
     parser.add_argument(

@@ -205,7 +205,9 @@ class Pictures:
 def _table(image: str, answer: Answer) -> str:
     _, names, shares = dataclasses.astuple(answer)
     rows = zip(shares, names, strict=True)
-    return "\n".join([_escaped(image), *(f"  {share:8.2%}  {name}" for share, name in rows)])
+    return "\n".join(
+        [_escaped(image), *(f"  {share:8.2%}  {_escaped(name)}" for share, name in rows)]
+    )
 
 
 def _escaped(text: str) -> str:

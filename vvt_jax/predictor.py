@@ -96,7 +96,8 @@ class Predictor:
             self.model, variables, self.card = source
         else:
             self.model, variables, self.card = pretrained.load_pretrained(source, name, **fields)
-        self._record = _preprocessing(self.card)
+        told = "The model" if isinstance(source, tuple) else os.fspath(source)
+        self._record = _preprocessing(self.card, told)
         self.class_names = _class_names(self.card, class_names, self.model.num_classes)
         devices = jax.local_devices()
         self.batch_size = -(-batch_size // len(devices)) * len(devices)
@@ -316,12 +317,12 @@ def _prepare(image: ImageLike, record: Mapping[str, Any]) -> np.ndarray:
     return preprocess.eval_image(image, record)
 
 
-def _preprocessing(card: Mapping[str, Any]) -> dict[str, Any]:
-    """The card's record; UserError where it is missing or can't be meant."""
+def _preprocessing(card: Mapping[str, Any], told: str) -> dict[str, Any]:
+    """The card's record; UserError where it is missing or can't be meant, of the model so told."""
     if not isinstance(card, Mapping) or not card.get("preprocessing"):
         raise UserError(
-            "The model's card has no preprocessing, so nobody knows how it takes images: save the "
-            "model again with one (see vvt_jax.save_pretrained)."
+            f"{told} has a card without preprocessing, so nobody knows how it takes images: save "
+            "the model again with one (see vvt_jax.save_pretrained)."
         )
     record = card["preprocessing"]
     try:
@@ -333,7 +334,7 @@ def _preprocessing(card: Mapping[str, Any]) -> dict[str, Any]:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = str(error).rstrip(".")
         raise UserError(
-            f"The preprocessing in the model's card can't be used: {reason}."
+            f"{told} has a card whose preprocessing can't be used: {reason}."
         ) from error
     return dict(record)
 

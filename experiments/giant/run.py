@@ -29,6 +29,7 @@ SIDES = (512, 768, 1024, 1536, 2048, 3072, 4096)
 LONGEST_TIMED = 2048  # pixels
 BANDS = (1, 2, 4, 8, 16, 32)
 TIMED_BANDS = (1, 4, 16)
+TIME_BANDS = 4  # where time is drawn against pixels
 DEVICES = 8
 _KEPT = ("setting", "device", "devices", "forms", "temporary_bytes", "argument_bytes", "peak_bytes")
 _TOPOLOGY = {1: "v5e:2x2", DEVICES: "v5e:2x4"}
@@ -44,9 +45,14 @@ def memory() -> None:
 
 
 def time() -> None:
-    """Seconds of a forward pass against pixels, by the clock."""
-    programs = [Program(_setting(side)) for side in SIDES if side <= LONGEST_TIMED]
-    timings = time_in_turn(programs, 240)
+    """Seconds of a forward pass against pixels by the clock, with whole maps and in bands."""
+    programs = [
+        Program(_setting(side, fields=fields))
+        for side in SIDES
+        if side <= LONGEST_TIMED
+        for fields in ({}, {"ffn_bands": TIME_BANDS})
+    ]
+    timings = time_in_turn(programs, 360)
     found = [
         summary(program.describe()) | {"seconds": 1 / timing["images_per_second"], **timing}
         for program, timing in zip(programs, timings, strict=True)
@@ -67,19 +73,24 @@ def draw_pixels() -> None:
         (panels[0], "memory", "temporary_bytes", 1e9, "GB of temporaries"),
         (panels[1], "time", "seconds", 1, "seconds an image"),
     ):
-        axes.set(xlabel="pixels", ylabel=label)
+        axes.set(xlabel="pixels", ylabel=label, title=f"Forward {name}")
         if not (found := _read(name)):
             axes.set_title(f"{name}: not run")
             continue
-        pixels = [r["setting"]["height"] * r["setting"]["width"] for r in found]
-        values = [r[key] / scale for r in found]
-        axes.loglog(pixels, values, "o", label="compiled" if name == "memory" else "measured")
-        straight = [values[0] * p / pixels[0] for p in pixels]
-        axes.loglog(pixels, straight, ":", color="grey", label="linear in the first")
-        axes.set_xticks(pixels, [f"{r['setting']['width']}²" for r in found])
+        for bands, colour in ((1, "C0"), (TIME_BANDS, "C1")):
+            own = [r for r in found if r["setting"]["fields"].get("ffn_bands", 1) == bands]
+            if not own:
+                continue
+            pixels = [r["setting"]["height"] * r["setting"]["width"] for r in own]
+            values = [r[key] / scale for r in own]
+            told = "whole maps" if bands == 1 else f"{bands} bands"
+            told += f": pixels to the power {exponent(pixels, values):.3f}"
+            axes.loglog(pixels, values, "o", color=colour, label=told)
+            straight = [values[0] * p / pixels[0] for p in pixels]
+            axes.loglog(pixels, straight, ":", color=colour)
+            axes.set_xticks(pixels, [f"{r['setting']['width']}²" for r in own])
         axes.set_xticks([], minor=True)
-        axes.set_title(f"Forward {name}: pixels to the power {exponent(pixels, values):.3f}")
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, title="dotted: linear in the first", title_fontsize=8)
     _save(figure, "pixels")
 
 
@@ -147,6 +158,8 @@ def draw_bands() -> None:
         panels[0].loglog(counts, [r["temporary_bytes"] / 1e9 for r in own], "o-", label=label)
     panels[0].set(xlabel="bands", ylabel="GB of temporaries", title="Memory, compiled")
     panels[0].set_xticks(BANDS, BANDS)
+    panels[0].set_yticks((2, 4, 8), (2, 4, 8))
+    panels[0].minorticks_off()
     panels[0].legend(fontsize=8)
     timed = _read("bands_time")
     for label, wanted in (("inference, 2048²", kinds[0][1]), (kinds[1][0], kinds[1][1])):

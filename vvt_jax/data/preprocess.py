@@ -43,7 +43,7 @@ def check_record(record: Mapping[str, Any]) -> None:
         )
     resampling(record["interpolation"])
     for field in ("mean", "std"):
-        if len(record[field]) != 3:
+        if len(record[field]) != 3 or not all(map(math.isfinite, record[field])):
             raise ValueError(f"`{field}` must have three numbers, not {record[field]}.")
     if min(record["std"]) <= 0:
         raise ValueError(f"`std` must be above 0, not {record['std']}.")
