@@ -213,7 +213,12 @@ class Segmentation:
         names = segmentation.view_names(self._inference["scales"])
         shapes = variables
         compiled: dict[Any, jax.stages.Compiled] = {}  # by the size of the images
-        count = jax.jit(segment.pixel_sums, out_shardings=parallel.replicated(mesh))
+
+        def sums_of(found, batch):
+            sums = segment.pixel_sums(found, batch["segmentation"], batch["own_size"])
+            return sums | {"images": batch["mask"].sum()}
+
+        count = jax.jit(sums_of, out_shardings=parallel.replicated(mesh))
         draw = jax.jit(segment.classes_at_own_size, static_argnums=(2, 3))
 
         def measure(variables: Any, source: Source) -> Measured:
@@ -222,9 +227,9 @@ class Segmentation:
             confusion = np.zeros((self.model.num_classes,) * 2, np.int64)
             under_way: collections.deque[Any] = collections.deque()
 
-            def add(sums: Mapping[str, jax.Array], mask: jax.Array) -> None:
+            def add(sums: Mapping[str, jax.Array]) -> None:
                 nonlocal loss, images
-                images += int(np.asarray(mask).sum())
+                images += int(sums["images"])
                 loss += float(sums["loss"])
                 confusion[:] += np.asarray(sums["confusion"])
 
@@ -245,16 +250,16 @@ class Segmentation:
                             "forward", scores, shapes, parallel.abstract_like(views)
                         )
                     found = compiled[size](variables, views)
-                    sums = count(found, batch["segmentation"], batch["own_size"])
-                    under_way.append((sums, batch["mask"]))
+                    counted = ("segmentation", "own_size", "mask")
+                    under_way.append(count(found, {name: batch[name] for name in counted}))
                     if picture is None:
                         canvas = batch["segmentation"].shape[1:]
                         classes = draw(found, batch["own_size"], *canvas)
                         picture = self._compare(hosts.fetch({**batch, "found": classes}))
                     while len(under_way) > 2:
-                        add(*under_way.popleft())
+                        add(under_way.popleft())
                 for waiting in under_way:
-                    add(*waiting)
+                    add(waiting)
             metrics = segment.segmentation_metrics(loss, confusion)
             return Measured({**metrics, "examples": images}, confusion, picture)
 
