@@ -1,6 +1,7 @@
 """The pipeline: the same stream for any workers, threads and start; evaluation counts each once."""
 
 import contextlib
+import functools
 import gc
 import itertools
 import os
@@ -44,6 +45,9 @@ class _Numbered:
         return {"image": image, "label": index}
 
 
+_SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)  # each worker imports jax anew
+
+
 def _numbered(count):
     return sources.Source(_Numbered(count), tuple(map(str, range(count))), "numbered", "all")
 
@@ -82,7 +86,7 @@ def test_batches_have_the_promised_types():
     assert (batch["label"].shape, batch["label"].dtype) == ((4,), np.int32)
 
 
-@pytest.mark.parametrize(("workers", "threads"), [(0, 1), (0, 4), (1, 0), (2, 2)])
+@pytest.mark.parametrize(("workers", "threads"), [(0, 1), (0, 4), (1, 0), _SLOW(2, 2)])
 @pytest.mark.parametrize("start_step", [0, 7])
 def test_stream_is_the_same_for_any_workers_threads_and_start(workers, threads, start_step):
     source = sources.open_source("digits", "validation")
@@ -134,7 +138,7 @@ def test_without_augmentation_an_example_stays_itself():
 
 
 @pytest.mark.parametrize("start_step", [0, 3])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, _SLOW(2)])
 def test_repeats_come_in_turn_each_augmented_anew(start_step, workers):
     source = _numbered(30)
     batches = _take(12, source, batch_size=10, repeats=3)
@@ -257,6 +261,7 @@ def test_rows_read_only_their_own_examples():
     assert read == batch["label"].tolist()
 
 
+@pytest.mark.slow
 def test_rows_with_workers():
     source = _numbered(20)
     rows = np.array([2, 3, 7])
@@ -376,6 +381,7 @@ def _alive(pid):
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="reads process states from /proc")
 @pytest.mark.parametrize(
     ("ending", "kill"),

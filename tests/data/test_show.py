@@ -23,6 +23,7 @@ def mixed_config(small_config):
     return small_config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_shows_what_the_step_sees(mixed_config, step):
     images, targets, names = training_batch(mixed_config, step)

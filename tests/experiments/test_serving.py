@@ -98,6 +98,7 @@ def _refusal(page, body, **headers):
     return status, answer["error"]
 
 
+@pytest.mark.slow
 def test_an_image_gets_its_classes_and_a_heat_map(page, predictor, digit):
     from vvt_jax import explain
 
