@@ -142,7 +142,8 @@ class VVT(nn.Module):
         drop_path_rate: of the last block in training; it rises linearly from 0 at the first.
         num_classes: 0 gives pooled features instead of logits.
         dtype: of the computation, `"float32"` or `"bfloat16"`; parameters and logits are float32.
-        remat: keep only each block's input for the backward pass, and compute the rest again.
+        remat: keep only each block's input for the backward pass, and compute the rest again. On a
+            CPU it needs `unroll=False`: of unrolled blocks, XLA merges the two computations.
         ffn_bands: the feed-forward networks of the first stage make their hidden map, the widest of
             the model, in so many bands of rows, and later stages in as many as keep a band's part
             as small: less memory for large images, equal to rounding, and slower. 1: whole.
