@@ -17,14 +17,16 @@ def full(request):
     return request.config.getoption("--full")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def results(full):
-    """What was counted, by the name of the fault; the full form leaves it in `RESULTS`."""
+    """What a test counts, by the name of the fault; the full form keeps it in `RESULTS`, where the
+    counts of tests that were run before stand."""
     counted: dict[str, dict] = {}
     yield counted
-    if full:
+    if full and counted:
+        kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text(json.dumps(counted, indent=2, sort_keys=True) + "\n")
+        RESULTS.write_text(json.dumps(kept | counted, indent=2, sort_keys=True) + "\n")
 
 
 @pytest.fixture(scope="session")
