@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import socket
 import struct
 import subprocess
 import sys
+import textwrap
 import time
 import urllib.error
 import urllib.request
@@ -160,6 +162,25 @@ def scenes(tmp_path_factory):
             PIL.Image.fromarray(mask).save(root / split / "masks" / f"{i}.png")
     (root / "classes.txt").write_text("noise\nred\ngreen\n")
     return root
+
+
+@pytest.fixture(scope="session")
+def run_under_permissions():
+    """Runs code in a process that may not read everything: root may."""
+    root = []
+    if os.getuid() == 0:
+        root = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+        if not shutil.which("setpriv"):
+            pytest.skip("root may read everything, and there is no setpriv to change that")
+
+    def run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*root, sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+            capture_output=True,
+            text=True,
+        )
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
-import textwrap
 
 import PIL.Image
 import pytest
@@ -131,12 +128,7 @@ def test_names_of_classes_do_not_act_on_a_terminal(digits_folder, tmp_path, caps
     assert out.replace("\n", "").isprintable()
 
 
-def test_what_may_not_be_read_is_told(digits_folder, tmp_path):
-    root = []
-    if os.getuid() == 0:  # who may read everything
-        root = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
-        if not shutil.which("setpriv"):
-            pytest.skip("there is no setpriv to take root's rights away")
+def test_what_may_not_be_read_is_told(digits_folder, tmp_path, run_under_permissions):
     (tmp_path / "image.png").write_bytes(_PNG)
     locked = []
     for part in ("config.json", "model.safetensors", ""):
@@ -158,11 +150,7 @@ def test_what_may_not_be_read_is_told(digits_folder, tmp_path):
             except SystemExit as ended:
                 print(ended.code)
     """
-    done = subprocess.run(
-        [*root, sys.executable, "-c", textwrap.dedent(code), tmp_path / "image.png", *locked],
-        capture_output=True,
-        text=True,
-    )
+    done = run_under_permissions(code, tmp_path / "image.png", *locked)
     locked[2].chmod(0o700)  # for who tidies up
     assert done.stdout.split() == ["1"] * 4
     complaints = done.stderr.splitlines()

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import jax
@@ -419,21 +418,9 @@ def test_a_bad_model_is_told(command, images, digits_folder, tmp_path, kind):
     assert err.count("\n") == 1
 
 
-def _under_permissions(code, *arguments):
-    """Runs code in a process that may not read everything: root may."""
-    root = []
-    if os.getuid() == 0:
-        root = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
-        if not shutil.which("setpriv"):
-            pytest.skip("root may read everything, and there is no setpriv to change that")
-    return subprocess.run(
-        [*root, sys.executable, "-c", textwrap.dedent(code), *arguments],
-        capture_output=True,
-        text=True,
-    )
-
-
-def test_what_may_not_be_read_or_written_is_told(images, digits_folder, tmp_path):
+def test_what_may_not_be_read_or_written_is_told(
+    images, digits_folder, tmp_path, run_under_permissions
+):
     shutil.copytree(digits_folder, tmp_path / "model")
     (tmp_path / "model" / "config.json").chmod(0)
     sound = shutil.copy(min(images.glob("*_0.png")), tmp_path / "sound.png")
@@ -443,7 +430,7 @@ def test_what_may_not_be_read_or_written_is_told(images, digits_folder, tmp_path
     (tmp_path / "labels.txt").write_text("x\n" * 10)
     (tmp_path / "labels.txt").chmod(0)
     (tmp_path / "heat").mkdir(mode=0o555)
-    done = _under_permissions(
+    done = run_under_permissions(
         """
         import sys
         from vvt_jax import predict

@@ -8,9 +8,8 @@ import importlib
 import sys
 from typing import TYPE_CHECKING
 
-if sys.argv[:1] == [
-    "-m"
-]:  # Python is looking for a command of this package, and has loaded no more
+# So while Python looks for a command of this package, `python -m vvt_jax.x`, and has loaded no more
+if sys.argv[:1] == ["-m"]:
     from vvt_jax.huge_pages import restart_with_huge_pages
 
     restart_with_huge_pages()

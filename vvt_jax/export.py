@@ -122,6 +122,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             size = (height, width)
         if onnx:
             batch = 1 if options.batch is None else batch
+            if size is None or batch is None:
+                raise UserError(
+                    "An ONNX file takes images of one size and number: give --size and --batch "
+                    "in numbers."
+                )
             content, told = onnx_export.export_onnx(model, variables, size=size, batch=batch)
         else:
             exported = export_model(model, variables, size=size, batch=batch, platforms=platforms)

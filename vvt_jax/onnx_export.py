@@ -18,8 +18,8 @@ def export_onnx(
     model: VVT,
     variables: Mapping[str, Any],
     *,
-    size: tuple[int, int] | None,
-    batch: int | None,
+    size: tuple[int, int],
+    batch: int,
 ) -> tuple[bytes, dict[str, Any]]:
     """The forward pass with its weights: input "images", output "logits".
 
@@ -27,19 +27,14 @@ def export_onnx(
         model: of any fields, float32.
         variables: what `model.apply` takes.
         size: height and width of the images.
-        batch: images a call.
+        batch: images a call; the converter can leave neither open.
 
     Returns:
         The file's content, and what is to be told of it.
 
     Raises:
-        UserError: the converter is not installed, the model computes in another dtype, or size or
-            batch is None: the converter can't leave them open.
+        UserError: the converter is not installed, or the model computes in another dtype.
     """
-    if size is None or batch is None:
-        raise UserError(
-            "An ONNX file takes images of one size and number: give --size and --batch in numbers."
-        )
     if model.dtype != "float32":
         raise UserError(
             f"An ONNX file is for float32, and this model computes in {model.dtype}: give "

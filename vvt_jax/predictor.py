@@ -330,7 +330,6 @@ def _preprocessing(card: Mapping[str, Any], told: str) -> dict[str, Any]:
         height, width = record["size"]
         if height * width > _LARGEST_INPUT:
             raise ValueError(f"`size` {record['size']} is too large")
-        [float(value) for field in ("mean", "std") for value in record[field]]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = str(error).rstrip(".")
         raise UserError(

@@ -10,6 +10,7 @@ A *preprocessing record* is a plain dict that is stored with a model's weights:
 """
 
 import math
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,10 +44,14 @@ def check_record(record: Mapping[str, Any]) -> None:
         )
     resampling(record["interpolation"])
     for field in ("mean", "std"):
-        if len(record[field]) != 3 or not all(map(math.isfinite, record[field])):
+        if len(record[field]) != 3 or not all(map(_is_finite, record[field])):
             raise ValueError(f"`{field}` must have three numbers, not {record[field]}.")
     if min(record["std"]) <= 0:
         raise ValueError(f"`std` must be above 0, not {record['std']}.")
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, numbers.Real) and math.isfinite(float(value))
 
 
 def resampling(interpolation: str) -> PIL.Image.Resampling:

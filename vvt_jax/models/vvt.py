@@ -146,7 +146,8 @@ class VVT(nn.Module):
             CPU it needs `unroll=False`: of unrolled blocks, XLA merges the two computations.
         ffn_bands: the feed-forward networks of the first stage make their hidden map, the widest of
             the model, in so many bands of rows, and later stages in as many as keep a band's part
-            as small: less memory for large images, equal to rounding, and slower. 1: whole.
+            as small: less memory for large images, equal to rounding, and on a CPU faster there.
+            1: whole.
         unroll: lay a stage's blocks out one after the other (runs faster) instead of scanning over
             them (compiles faster).
     """
