@@ -45,6 +45,7 @@ def test_published_multiply_adds_of_the_softmax_ablation():
     assert round(_published(model, 224) / _GIGA, 3) == 7.356
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [{"unroll": False}, {"remat": True}, {"dtype": "bfloat16"}])
 def test_layouts_cost_the_same(layout):
     model = vvt_jax.create_model("vvt_tiny")
@@ -65,6 +66,7 @@ def test_forms_differ_in_what_is_done_alone():
             assert other.actual == one.actual == one.published
 
 
+@pytest.mark.slow
 def test_bands_cost_the_same_but_for_the_rows_that_two_of_them_make():
     model = vvt_jax.create_model("vvt_nano")
     whole = costs.count(model, 64, 96)

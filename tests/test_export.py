@@ -148,6 +148,7 @@ def test_what_onnx_can_not_be_given_is_a_sentence(folder, tmp_path, capsys, monk
     out = f"--out={tmp_path / 'x.onnx'}"
     assert "in numbers" in _exit(capsys, folder, out, "--batch=symbolic")
     assert "in numbers" in _exit(capsys, folder, out, "--size=symbolic")
+    assert "--platforms is for StableHLO" in _exit(capsys, folder, out, "--platforms=cpu")
     assert "--set dtype=float32" in _exit(capsys, folder, out, "--set", "dtype=bfloat16")
     monkeypatch.setitem(sys.modules, "jax2onnx", None)
     assert "pip install 'vvt-jax[onnx]'" in _exit(capsys, folder, out)

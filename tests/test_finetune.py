@@ -123,6 +123,7 @@ def test_nothing_to_start_from(tmp_path, variables):
         initial_variables(tmp_path, _model(), variables[1], _NAMES)
 
 
+@pytest.mark.slow
 def test_a_damaged_run_is_refused(tmp_path, variables):
     _save_run(tmp_path, ema=False)
     book = tmp_path / "checkpoints" / "5" / "bookkeeping" / "metadata"
@@ -137,6 +138,7 @@ def test_a_damaged_run_is_refused(tmp_path, variables):
     np.testing.assert_equal(len(list((tmp_path / "checkpoints").iterdir())), 1)
 
 
+@pytest.mark.slow
 def test_a_segmenter_takes_a_classifiers_backbone_and_says_so(folder, variables):
     model = create_segmenter("vvt_nano", num_classes=10, head_channels=8)
     options = forms.compiler_options("init")

@@ -171,7 +171,7 @@ def segmenter_folder(tmp_path_factory):
         embed_dims=(8, 8, 16, 16),
         num_heads=(1, 1, 2, 2),
     )
-    variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     record = {
         "size": [32, 32],
         "crop_fraction": 1.0,
@@ -200,6 +200,7 @@ def photos(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_segmenter_labels_every_pixel(command, photos, segmenter_folder, tmp_path):
     out = tmp_path / "masks"
     given = (photos, f"--masks={out}", "--format=json", "--top=3")

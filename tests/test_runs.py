@@ -10,6 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+pytestmark = pytest.mark.slow  # each starts processes of its own
 STEPS = 12
 SHORT = f"--config.total_steps={STEPS}"
 
@@ -86,7 +87,6 @@ def test_killed_and_resumed_equals_straight(run, straight, tmp_path, read_metric
     assert_same_run(straight, tmp_path, read_metrics)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_interrupted_and_resumed_equals_straight(
     run, straight, tmp_path, read_metrics, signum, status
@@ -102,7 +102,6 @@ def test_interrupted_and_resumed_equals_straight(
     assert_same_run(straight, tmp_path, read_metrics)
 
 
-@pytest.mark.slow
 def test_a_signal_after_the_last_step_is_not_swallowed(run, tmp_path):
     process = run.start(tmp_path, SHORT)
     wait_for_step(process, tmp_path, STEPS)  # the last checkpoint is still to be written
@@ -113,14 +112,12 @@ def test_a_signal_after_the_last_step_is_not_swallowed(run, tmp_path):
     assert "Resumed at step" in run(tmp_path, SHORT).stdout
 
 
-@pytest.mark.slow
 def test_worker_processes_change_nothing(run, straight, tmp_path, read_metrics):
     assert run(tmp_path, SHORT, "--config.data.workers=2").returncode == 0
     assert read_metrics(tmp_path) == read_metrics(straight)
     jax.tree.map(np.testing.assert_array_equal, saved_state(straight), saved_state(tmp_path))
 
 
-@pytest.mark.slow
 def test_workers_and_cadences_may_change_on_resume(run, tmp_path, straight, read_metrics):
     process = run.start(tmp_path, SHORT)
     wait_for_step(process, tmp_path, 6)
@@ -133,7 +130,6 @@ def test_workers_and_cadences_may_change_on_resume(run, tmp_path, straight, read
     assert steps == sorted(set(steps))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh",
     [{"data": 8}, {"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "spatial": 2}],
@@ -149,7 +145,6 @@ def test_eight_devices_equal_one(run, straight, tmp_path, read_metrics, mesh):
     np.testing.assert_allclose(*first, rtol=1e-5)
 
 
-@pytest.mark.slow
 def test_resumes_on_another_mesh(run, tmp_path):
     process = run.start(tmp_path, SHORT)
     wait_for_step(process, tmp_path, 4)
@@ -198,7 +193,6 @@ def test_mode_eval_prints_and_changes_nothing(run, straight, read_metrics):
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-@pytest.mark.slow
 def test_bad_input_gets_one_sentence(run, tmp_path, flags, message):
     started = time.monotonic()
     done = run(tmp_path / "never", SHORT, *flags)

@@ -37,6 +37,7 @@ from vvt_jax.models.vvt import SMALLEST_SIDE, unstack_blocks
 from vvt_jax.pretrained import load_pretrained
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+_PLATFORMS = "cpu,cuda,tpu"  # unless others are asked for
 SYMBOLIC = "symbolic"
 _MOST = 2**14  # images a call, pixels a side
 
@@ -112,6 +113,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
     try:
         onnx = options.out.suffix == onnx_export.SUFFIX
+        if onnx and options.platforms:
+            raise UserError("An ONNX file is of no platform: --platforms is for StableHLO.")
         size, batch = _size(options.size), _batch(options.batch)
         platforms = _platforms(options.platforms)
         _check_out(options.out, options.force)
@@ -179,8 +182,8 @@ def _size(text: str | None) -> tuple[int, int] | None:
     return sides
 
 
-def _platforms(text: str) -> list[str]:
-    platforms = text.split(",")
+def _platforms(text: str | None) -> list[str]:
+    platforms = (text or _PLATFORMS).split(",")
     for platform in platforms:
         if platform not in PLATFORMS:
             raise UserError(
@@ -213,7 +216,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--size", help="pixels, HEIGHTxWIDTH or symbolic; default: that of the model's card"
     )
     parser.add_argument(
-        "--platforms", default="cpu,cuda,tpu", help="of StableHLO; default: %(default)s"
+        "--platforms", help=f"of StableHLO, some of {','.join(PLATFORMS)}; default: {_PLATFORMS}"
     )
     parser.add_argument("--name", help="of the model, where a .pth doesn't tell")
     parser.add_argument(

@@ -71,6 +71,7 @@ def test_logits_have_the_images_size(head, size):
     assert np.isfinite(logits).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", HEADS)
 def test_training_gives_auxiliary_logits_and_new_statistics(head):
     model, variables, _ = _made(head)

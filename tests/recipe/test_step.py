@@ -129,7 +129,9 @@ def test_label_smoothing_reaches_the_loss():
 
 
 @pytest.mark.parametrize("augment", [_NO_AUGMENT, _MIXED], ids=["as they are", "mixed"])
-@pytest.mark.parametrize("accumulate", [2, 3, 6])
+@pytest.mark.parametrize(
+    "accumulate", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 6))]
+)
 def test_parts_of_a_batch_make_the_same_update_as_all_of_it(accumulate, augment):
     optimizer = optax.adamw(1e-2)
     whole, state = _make(optimizer=optimizer, label_smoothing=0.1, augment=augment)
