@@ -29,8 +29,11 @@ def pytest_addoption(parser):
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
     """One cache of compiled programs for all tests and their processes, so that each shape of
-    program is compiled once."""
-    folder = tmp_path_factory.mktemp("compilation_cache")
+    program is compiled once; in JAX_COMPILATION_CACHE_DIR it serves the next pytest too."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # of all workers
+    folder = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or base / "compilation_cache")
     jax.config.update("jax_compilation_cache_dir", str(folder))
     return folder
 

@@ -161,7 +161,7 @@ def _wait_for_step(process, workdir, step):
         try:
             if f'"step": {step}' in storage.read_bytes(workdir / "metrics.jsonl").decode():
                 return
-        except FileNotFoundError:
+        except OSError:  # not there yet, or replaced while it is read
             pass
         time.sleep(0.1)
     raise TimeoutError(f"step {step} was never reported")

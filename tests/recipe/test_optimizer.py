@@ -158,7 +158,8 @@ def test_updates_are_scaled_by_depth_after_adamw():
     updates = {}
     for decay in (1.0, 0.7):
         optimizer = make_optimizer(_fields(layer_decay=decay), lambda _: 0.1)
-        updates[decay], _ = optimizer.update(gradients, optimizer.init(params), params)
+        state = optimizer.init(params)
+        updates[decay], _ = jax.jit(optimizer.update)(gradients, state, params)
     jax.tree.map(
         lambda scaled, update, scale: np.testing.assert_allclose(scaled, update * scale, rtol=1e-6),
         updates[0.7],
