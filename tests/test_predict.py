@@ -18,7 +18,7 @@ import PIL.ImageOps
 import pytest
 
 import vvt_jax
-from vvt_jax import explain, predict
+from vvt_jax import explain, forms, predict
 from vvt_jax.data import overlay
 from vvt_jax.data.preprocess import to_rgb
 from vvt_jax.data.sources import open_source
@@ -171,7 +171,8 @@ def segmenter_folder(tmp_path_factory):
         embed_dims=(8, 8, 16, 16),
         num_heads=(1, 1, 2, 2),
     )
-    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    init = jax.jit(model.init, compiler_options=forms.compiler_options("init"))
+    variables = init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     record = {
         "size": [32, 32],
         "crop_fraction": 1.0,

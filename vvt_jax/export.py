@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
     try:
         onnx = options.out.suffix == onnx_export.SUFFIX
-        if onnx and options.platforms:
+        if onnx and options.platforms is not None:
             raise UserError("An ONNX file is of no platform: --platforms is for StableHLO.")
         size, batch = _size(options.size), _batch(options.batch)
         platforms = _platforms(options.platforms)
@@ -183,7 +183,7 @@ def _size(text: str | None) -> tuple[int, int] | None:
 
 
 def _platforms(text: str | None) -> list[str]:
-    platforms = (text or _PLATFORMS).split(",")
+    platforms = (_PLATFORMS if text is None else text).split(",")
     for platform in platforms:
         if platform not in PLATFORMS:
             raise UserError(
