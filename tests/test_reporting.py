@@ -130,3 +130,32 @@ def test_works_without_tensorboard(tmp_path):
     assert done.returncode == 0, done.stderr
     assert _lines(tmp_path) == [{"step": 1, "loss": 1.0}]
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_tensorboard_file_without_room_is_the_callers_error_alone(tmp_path):
+    pytest.importorskip("tensorboardX")
+    code = """
+        import resource, sys
+        from pathlib import Path
+        from vvt_jax.reporting import Reporter
+        workdir = Path(sys.argv[1])
+        metrics = {f"m{number}": 0.5 for number in range(20)}
+        try:
+            with Reporter(workdir, start_step=0, total_steps=9) as reporter:
+                reporter.write(1, metrics)
+                (events,) = workdir.glob("events.out.tfevents*")
+                size = events.stat().st_size  # more than that of the other file
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+                reporter.write(2, metrics)
+        except OSError as error:
+            sys.exit(f"told: {error.strerror}")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stderr.splitlines()[-1] == "told: File too large"
+    assert "Traceback" not in done.stderr
+    assert [line["step"] for line in _lines(tmp_path)] == [1, 2]

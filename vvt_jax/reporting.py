@@ -4,7 +4,9 @@ import contextlib
 import importlib.util
 import io
 import json
+import time
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -33,9 +35,7 @@ class Reporter:
         self._tensorboard = None
         # Its files grow with each number: nothing for an object store
         if importlib.util.find_spec("tensorboardX") and not storage.is_remote(workdir):
-            from tensorboardX import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(workdir), purge_step=start_step + 1)
+            self._tensorboard = _TensorBoard(workdir, purge_step=start_step + 1)
         self._bar = tqdm(
             total=total_steps,
             initial=start_step,
@@ -67,9 +67,7 @@ class Reporter:
             return
         self._journal.add(json.dumps({"step": step, **metrics}))
         if self._tensorboard:
-            for name, value in metrics.items():
-                self._tensorboard.add_scalar(name, value, step)
-            self._tensorboard.flush()
+            self._tensorboard.add_scalars(metrics, step)
         if "train/loss" in metrics:  # there was an update
             self._bar.set_postfix_str(
                 f"loss {metrics['train/loss']:.3f}, lr {metrics['train/learning_rate']:.2e}, "
@@ -92,7 +90,7 @@ class Reporter:
         folder = self._path.parent / "pictures"
         storage.replace(folder / f"{name}_{step:08}.png", content.getvalue())
         if self._tensorboard:
-            self._tensorboard.add_image(name, np.asarray(picture), step, dataformats="HWC")
+            self._tensorboard.add_image(name, np.asarray(picture), step)
 
     def last_line(self) -> dict[str, float]:
         """The measurements of the last step that was written, empty at the start of a run."""
@@ -117,6 +115,37 @@ class Reporter:
             except json.JSONDecodeError:  # a kill tore the last line
                 continue
         return kept
+
+
+class _TensorBoard:
+    """Writes TensorBoard's files in the caller's thread, so that a full disk is the caller's error.
+    tensorboardX's own SummaryWriter has a thread for it, whose end nobody notices."""
+
+    def __init__(self, folder: AnyPath, *, purge_step: int):
+        from tensorboardX import event_file_writer, summary
+        from tensorboardX.proto import event_pb2
+
+        self._summary, self._pb = summary, event_pb2
+        self._events = event_file_writer.EventsWriter(str(folder / "events"))
+        # What a run before this one showed of later steps is no longer shown
+        self._write(purge_step, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+
+    def add_scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Values by their names; on disk when this returns."""
+        for name, value in values.items():
+            self._write(step, summary=self._summary.scalar(name, value))
+        self._events.flush()
+
+    def add_image(self, name: str, pixels: np.ndarray, step: int) -> None:
+        """Pixels `[height, width, 3]`, uint8; on disk when this returns."""
+        self._write(step, summary=self._summary.image(name, pixels, dataformats="HWC"))
+        self._events.flush()
+
+    def close(self) -> None:
+        self._events.close()
+
+    def _write(self, step: int, **content: Any) -> None:
+        self._events.write_event(self._pb.Event(step=step, wall_time=time.time(), **content))
 
 
 class SilentReporter(Reporter):
