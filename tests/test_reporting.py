@@ -88,18 +88,15 @@ def test_describe():
 
 
 def _tensorboard(workdir):
-    """(tag, step, value) of every scalar in the event files."""
+    """The events in a workdir's TensorBoard files."""
     from tensorboardX.proto import event_pb2
 
-    found = []
     for path in sorted(workdir.glob("events.out.tfevents*")):
         content = path.read_bytes()
         while content:  # length, its checksum, record, its checksum
             length = int.from_bytes(content[:8], "little")
-            event = event_pb2.Event.FromString(content[12 : 12 + length])
+            yield event_pb2.Event.FromString(content[12 : 12 + length])
             content = content[12 + length + 4 :]
-            found += [(v.tag, event.step, v.simple_value) for v in event.summary.value]
-    return found
 
 
 def test_tensorboard_has_the_same_numbers(tmp_path):
@@ -109,8 +106,21 @@ def test_tensorboard_has_the_same_numbers(tmp_path):
         reporter.write(4, {**_TRAINING, **_EVALUATION})
     expected = [(name, 2, value) for name, value in _TRAINING.items()]
     expected += [(name, 4, value) for name, value in {**_TRAINING, **_EVALUATION}.items()]
-    found = _tensorboard(tmp_path)
+    found = [
+        (v.tag, e.step, v.simple_value) for e in _tensorboard(tmp_path) for v in e.summary.value
+    ]
     assert [(tag, step, pytest.approx(value)) for tag, step, value in found] == expected
+
+
+def test_tensorboard_forgets_the_steps_after_the_resumed_one(tmp_path):
+    pytest.importorskip("tensorboardX")
+    from tensorboardX.proto.event_pb2 import SessionLog
+
+    _report(tmp_path, 5, start_step=4)
+    version, start, first = list(_tensorboard(tmp_path))[:3]
+    assert version.file_version == "brain.Event:2"  # what makes it heed the next one
+    assert (start.step, start.session_log.status) == (5, SessionLog.START)
+    assert (first.step, first.summary.value[0].tag) == (5, "train/loss")
 
 
 def test_works_without_tensorboard(tmp_path):

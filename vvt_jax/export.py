@@ -37,7 +37,7 @@ from vvt_jax.models.vvt import SMALLEST_SIDE, unstack_blocks
 from vvt_jax.pretrained import load_pretrained
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-_PLATFORMS = "cpu,cuda,tpu"  # unless others are asked for
+_DEFAULT_PLATFORMS = ("cpu", "cuda", "tpu")
 SYMBOLIC = "symbolic"
 _MOST = 2**14  # images a call, pixels a side
 
@@ -48,7 +48,7 @@ def export_model(
     *,
     size: tuple[int, int] | None,
     batch: int | None = None,
-    platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
+    platforms: Sequence[str] = _DEFAULT_PLATFORMS,
 ) -> jax.export.Exported:
     """The forward pass with its weights, lowered for several platforms at once.
 
@@ -182,8 +182,10 @@ def _size(text: str | None) -> tuple[int, int] | None:
     return sides
 
 
-def _platforms(text: str | None) -> list[str]:
-    platforms = (_PLATFORMS if text is None else text).split(",")
+def _platforms(text: str | None) -> Sequence[str]:
+    if text is None:
+        return _DEFAULT_PLATFORMS
+    platforms = text.split(",")
     for platform in platforms:
         if platform not in PLATFORMS:
             raise UserError(
@@ -216,7 +218,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--size", help="pixels, HEIGHTxWIDTH or symbolic; default: that of the model's card"
     )
     parser.add_argument(
-        "--platforms", help=f"of StableHLO, some of {','.join(PLATFORMS)}; default: {_PLATFORMS}"
+        "--platforms", help=f"of StableHLO; default: {','.join(_DEFAULT_PLATFORMS)}"
     )
     parser.add_argument("--name", help="of the model, where a .pth doesn't tell")
     parser.add_argument(

@@ -95,9 +95,9 @@ def test_stream_is_the_same_for_any_workers_threads_and_start(workers, threads, 
     _assert_equal(part, whole[start_step:])
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=15)
 @given(
-    count=st.integers(1, 12),
+    count=st.integers(1, 20),
     batch_size=st.integers(1, 20),
     start_step=st.integers(0, 8),
     seed=st.integers(0, 2**40),
