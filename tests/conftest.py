@@ -15,6 +15,11 @@ from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 
+# Compiling is most of what the tests do. These variables also reach the processes that tests start,
+# and have to be set before jax is imported.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")  # see `optimized`
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
 import jax
 import pytest
 

@@ -1,11 +1,10 @@
 """What a model costs, counted from its program: multiply-adds and activations by layer."""
 
 import dataclasses
-import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ from jax.extend import core
 from vvt_jax import forms
 from vvt_jax.attention import feature_count
 from vvt_jax.models import VVT
-from vvt_jax.weights import variable_shapes
+from vvt_jax.weights import abstract_variables, variable_shapes
 
 # The products of two activations; those with parameters have a layer's name behind it.
 _ATTENTION = re.compile(r"stage(\d)/blocks/attention")
@@ -69,9 +68,8 @@ def count(model: VVT, height: int, width: int) -> list[LayerCost]:
     """
     model = model.clone(unroll=False)  # a shorter program of the same operations
     images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), images)
-    features = functools.partial(model.apply, method="features")
-    maps = jax.eval_shape(features, variables, images)
+    variables = abstract_variables(model)
+    maps = _map_sizes(model, height, width)
 
     def products(model: VVT) -> list[_Product]:
         with forms.use(depthwise="grouped"):  # its forms differ in speed, not in multiply-adds
@@ -94,12 +92,22 @@ def count(model: VVT, height: int, width: int) -> list[LayerCost]:
     return [LayerCost(path, published[path], actual[path], activations[path]) for path in published]
 
 
-def _attention_products(model: VVT, maps: Any, path: str) -> int:
+def _map_sizes(model: VVT, height: int, width: int) -> list[tuple[int, int]]:
+    """Height and width of the four maps: each patch embedding divides them, rounding up."""
+    sizes = []
+    for stride in model.patch_strides:
+        height, width = math.ceil(height / stride), math.ceil(width / stride)
+        sizes.append((height, width))
+    return sizes
+
+
+def _attention_products(model: VVT, maps: Sequence[tuple[int, int]], path: str) -> int:
     """Multiply-adds of φ(K)ᵀV and φ(Q)·KV, or of softmax(QKᵀ)V, in all blocks of a stage."""
     if not (found := _ATTENTION.fullmatch(path)):
         return 0
     stage = int(found[1]) - 1
-    _, height, width, channels = maps[stage].shape
+    height, width = maps[stage]
+    channels = model.embed_dims[stage]
     tokens = height * width
     if model.attention == "softmax":
         each = 2 * tokens * tokens * channels

@@ -27,6 +27,7 @@ from vvt_jax.finetune import initial_variables
 from vvt_jax.interruption import Interrupted, Interruption
 from vvt_jax.lock import WorkdirLock
 from vvt_jax.models import unstack_blocks
+from vvt_jax.models.vvt import check_image_shape
 from vvt_jax.pretrained import save_pretrained
 from vvt_jax.recipe import mixing
 from vvt_jax.recipe.optimizer import make_optimizer, make_schedule
@@ -251,8 +252,7 @@ class _Run:
             ema=config.optimizer.ema_decay > 0,
         )
         with naming("config.data.size"):
-            images = jax.ShapeDtypeStruct((1, *data.size, 3), np.float32)
-            jax.eval_shape(self._model.init, jax.random.key(0), images)
+            check_image_shape((1, *data.size, 3))
         with naming("config.optimizer.freeze"):
             shapes = jax.eval_shape(self._init, config.seed)
         self._shardings = parallel.state_shardings(self.mesh, shapes)

@@ -1,5 +1,6 @@
 """Which weights a model has, and whether given ones are those."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,10 +18,24 @@ class WeightsError(UserError):
     """Weights that can't be read, or are not those of the model."""
 
 
+def abstract_variables(model: VVT) -> dict[str, Any]:
+    """The variables of a model as `jax.ShapeDtypeStruct`; nothing is computed.
+
+    Tracing a model takes a second, so recent answers are kept.
+    """
+    tree = _trace_variables(model)
+    return jax.tree.map(lambda leaf: leaf, tree)  # a copy, so that callers may change it
+
+
+@functools.lru_cache(maxsize=64)
+def _trace_variables(model: VVT) -> dict[str, Any]:
+    return jax.eval_shape(model.init, jax.random.key(0), smallest_image())
+
+
 def variable_shapes(model: VVT) -> dict[str, tuple[int, ...]]:
     """The shape of every variable of a model, by its path, e.g. `params/stage1/norm/scale`."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0), smallest_image())
-    return {path: leaf.shape for path, leaf in flatten_dict(shapes, sep="/").items()}
+    flat = flatten_dict(abstract_variables(model), sep="/")
+    return {path: leaf.shape for path, leaf in flat.items()}
 
 
 def check_arrays(given: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> None:

@@ -6,7 +6,7 @@ Source: Sun et al., "Vicinity Vision Transformer", arXiv 2206.10552.
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -220,13 +220,7 @@ class VVT(nn.Module):
         Raises:
             ValueError: images of another rank, or too small.
         """
-        # each side on its own: an export's symbolic sides can't be compared with one another
-        small = any(side < SMALLEST_SIDE for side in images.shape[1:3])
-        if images.ndim != 4 or images.shape[-1] != 3 or small:
-            raise ValueError(
-                "images must be [batch, height, width, 3] with at least "
-                f"{SMALLEST_SIDE} pixels a side, but are {images.shape}."
-            )
+        check_image_shape(images.shape)
         rates: list[jax.Array | None] = [None] * 4
         if train and self.drop_path_rate > 0:
             rising = np.linspace(0, self.drop_path_rate, sum(self.depths), dtype=np.float32)
@@ -245,6 +239,17 @@ class VVT(nn.Module):
         """
         pooled = self.features(images, train)[-1].mean((1, 2), dtype=jnp.float32)
         return self.head(pooled) if self.num_classes else pooled
+
+
+def check_image_shape(shape: Sequence[Any]) -> None:
+    """Raises ValueError unless a model takes images of that shape: `[batch, height, width, 3]`."""
+    # each side on its own: an export's symbolic sides can't be compared with one another
+    small = any(side < SMALLEST_SIDE for side in shape[1:3])
+    if len(shape) != 4 or shape[-1] != 3 or small:
+        raise ValueError(
+            "images must be [batch, height, width, 3] with at least "
+            f"{SMALLEST_SIDE} pixels a side, but are {tuple(shape)}."
+        )
 
 
 Model = TypeVar("Model", bound=VVT)  # the classifier, or what is built upon its stages
