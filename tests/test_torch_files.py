@@ -305,7 +305,7 @@ def test_a_pickles_random_damage_never_ends_in_a_traceback():
 
 
 def _lying_archive(path, program, stored, claimed):
-    """A torch file whose zip directory says that an entry of `stored` bytes unpacks to `claimed`."""
+    """A file whose zip directory says that an entry of `stored` has `claimed` bytes."""
     _archive(path, program, {"data/0": stored})
     content = bytearray(path.read_bytes())
     entry = content.rindex(b"PK\x01\x02", 0, content.rindex(b"archive/data/0"))

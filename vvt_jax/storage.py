@@ -5,9 +5,9 @@ none of that, but shows an object only once all of it is there. This module alon
 which: it reads what is there or raises OSError with the reason in `strerror`, and it writes so that
 a kill at any moment leaves the old file or the new one.
 
-Every local file that the program is given is opened by `open_file`, or by a function here that calls
-it. After following links it must be a regular file, of at most the size that its kind allows: a pipe
-would block for ever, and a file that is far too large belongs to something else.
+Every local file that the program is given is opened by `open_file`, or by a function here that
+calls it. After following links it must be a regular file, of at most the size that its kind allows:
+a pipe would block for ever, and a file that is far too large belongs to something else.
 """
 
 import contextlib

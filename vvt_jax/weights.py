@@ -43,6 +43,17 @@ def check_arrays(given: Mapping[str, Any], expected: Mapping[str, tuple[int, ...
             )
 
 
+def check_finite(arrays: Mapping[str, np.ndarray]) -> None:
+    """Refuses weights of which a model would only make more numbers that are none.
+
+    Raises:
+        WeightsError: an array, by its name, has a NaN or an infinite number.
+    """
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise WeightsError(f"These weights can't be used: {name} has NaN or infinite numbers.")
+
+
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from vvt_jax import storage
 from vvt_jax.data.sources import DataError
-from vvt_jax.storage import AnyPath, StorageError
+from vvt_jax.storage import AnyPath, SizeLimit, StorageError
 
 _HEADER, _FOOTER = 12, 4  # bytes around a record's data
 _FILES_AT_ONCE = 16  # that are indexed: an object store answers slowly, but many at a time
@@ -137,7 +137,7 @@ def _all_offsets(paths: Sequence[str], cache_dir: AnyPath | None) -> list[np.nda
         cached = cache_dir / f"{hashlib.sha256(repr(state).encode()).hexdigest()[:32]}.npz"
         # Missing or damaged: it is made anew
         with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            with np.load(io.BytesIO(storage.read_bytes(cached))) as content:
+            with np.load(io.BytesIO(storage.read_bytes(cached, SizeLimit.ARRAYS))) as content:
                 joined, counts = content["offsets"], content["counts"]
             if len(counts) == len(paths) and counts.sum() == len(joined):
                 return np.split(joined, np.cumsum(counts)[:-1])
