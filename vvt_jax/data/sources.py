@@ -20,7 +20,7 @@ from vvt_jax.data import preprocess
 from vvt_jax.errors import UserError
 from vvt_jax.storage import SizeLimit
 
-_FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow knows others, and runs a program for one of them
+FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow knows others, and runs a program for one of them
 
 _LONGEST_SIDE = 2**16 - 1  # pixels; JPEG has no longer one
 
@@ -150,7 +150,7 @@ def decode(
         with contextlib.ExitStack() as stack:
             if isinstance(file, str | os.PathLike):
                 file = stack.enter_context(open_image(file, SizeLimit.IMAGE))
-            image = stack.enter_context(PIL.Image.open(file, formats=_FORMATS))
+            image = stack.enter_context(PIL.Image.open(file, formats=FORMATS))
             check_sides(image, told)
             image.load()
             turned = upright and image.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1
