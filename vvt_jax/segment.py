@@ -41,6 +41,8 @@ def check_inference(inference: Mapping[str, Any]) -> None:
     Raises:
         ValueError: a field is missing, unknown or out of range; one sentence says which.
     """
+    if not isinstance(inference, Mapping):
+        raise ValueError(f"The settings must be a dict, not {type(inference).__name__}.")
     if set(inference) != set(_FIELDS):
         raise ValueError(
             f"The settings are {', '.join(_FIELDS)}, not {', '.join(map(str, inference))}."
@@ -56,13 +58,20 @@ def check_inference(inference: Mapping[str, Any]) -> None:
             f"`stride` must be a whole number from 0 to {_LARGEST_SIDE}, not {stride}."
         )
     window = inference["window"]
-    if len(window) != 2 or not all(_is_whole(side, max(32, stride)) for side in window):
+    if (
+        not _is_list(window)
+        or len(window) != 2
+        or not all(_is_whole(side, max(32, stride)) for side in window)
+    ):
         raise ValueError(
             f"`window` must be [height, width], no less than 32 and the stride, not "
             f"{inference['window']}."
         )
     scales = inference["scales"]
-    sides = [inference["short_side"] * scale for scale in scales]
+    numbers = _is_list(scales) and all(
+        isinstance(scale, int | float) and not isinstance(scale, bool) for scale in scales
+    )
+    sides = [inference["short_side"] * scale for scale in scales] if numbers else []
     if not 0 < len(sides) <= _MOST_SCALES or not all(0 < side <= _LARGEST_SIDE for side in sides):
         raise ValueError(
             f"`scales` must be 1 to {_MOST_SCALES} numbers above 0 that make no short side longer "
@@ -70,6 +79,10 @@ def check_inference(inference: Mapping[str, Any]) -> None:
         )
     if not isinstance(inference["flip"], bool):
         raise ValueError(f"`flip` must be True or False, not {inference['flip']}.")
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list | tuple)
 
 
 def _is_whole(value: object, least: int) -> bool:

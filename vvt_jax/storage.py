@@ -160,9 +160,8 @@ def read_bytes(path: str | os.PathLike, limit: int | None = None) -> bytes:
                 _check_size(path, _file_system(path).size(os.fspath(path)) or 0, limit)
             return _path(path).read_bytes()
         with open_file(path, limit) as file:
-            # A file may grow after its size was looked at
-            content = file.read() if limit is None else file.read(limit + 1)
-    _check_size(path, len(content), limit)
+            # No more than it had when it was opened, since `read` makes room for what it is told
+            content = file.read(os.fstat(file.fileno()).st_size)
     return content
 
 

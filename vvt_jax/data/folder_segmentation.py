@@ -70,7 +70,7 @@ def decode_mask(file: Any, told: str, num_classes: int) -> np.ndarray:
     except DataError:
         raise
     except Exception as error:  # Pillow's decoders raise whatever they stumble over
-        reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+        reason = sources.why_broken(error, MASK_FORMATS)
         raise BrokenImageError(f"{told} can't be decoded: {reason}.") from error
     if mode not in ("L", "P", "1"):
         raise BrokenImageError(

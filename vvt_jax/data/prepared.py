@@ -130,14 +130,19 @@ def open_prepared(
                 f"{name!r} has no feature {key!r} of type {wanted.__name__}, only "
                 f"{', '.join(features) or 'unnamed ones'}."
             )
+    if "array_record" in formats and str(info.data_dir).startswith("s3://"):
+        raise DataError(
+            f"{name!r} in {info.data_dir} is array_record, which is read from folders and gs:// "
+            "only: copy it there, or give a copy in TFRecord."
+        )
     try:
-        if "array_record" in formats and str(info.data_dir).startswith("s3://"):
-            raise DataError(
-                f"{name!r} in {info.data_dir} is array_record, which is read from folders and "
-                "gs:// only: copy it there, or give a copy in TFRecord."
-            )
         parts = info.splits[split].file_instructions
-    except (KeyError, ValueError) as error:
+    except Exception as error:  # tfds's own, and whatever a damaged description brings about
+        if split in info.splits:
+            raise DataError(
+                f"The description of {name!r} in {info.data_dir} is damaged ({_reason(error)}): "
+                "copy or prepare the data again."
+            ) from error
         raise DataError(
             f"{name!r} has no split {split!r}: it has {', '.join(info.splits)}, and parts of them "
             "like 'train[:90%]'."

@@ -59,6 +59,8 @@ def check_record(record: Mapping[str, Any]) -> None:
     Raises:
         ValueError: a field is missing, unknown or out of range; one sentence says which.
     """
+    if not isinstance(record, Mapping):
+        raise ValueError(f"A preprocessing record must be a dict, not {type(record).__name__}.")
     if set(record) != set(_FIELDS):
         raise ValueError(
             f"A preprocessing record has the fields {', '.join(_FIELDS)}, "

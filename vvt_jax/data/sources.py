@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+from collections.abc import Sequence
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
@@ -158,8 +159,17 @@ def decode(
     except DataError:
         raise
     except Exception as error:  # Pillow's decoders raise whatever they stumble over
-        reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
-        raise BrokenImageError(f"{told} can't be decoded: {reason}.") from error
+        raise BrokenImageError(f"{told} can't be decoded: {why_broken(error, FORMATS)}.") from error
+
+
+def why_broken(error: Exception, formats: Sequence[str]) -> str:
+    """What Pillow's error says of an image, without the address of an object."""
+    if isinstance(error, PIL.UnidentifiedImageError):
+        *others, last = formats
+        listed = f"{', '.join(others)} or {last}" if others else last
+        return f"it is not an image of the format {listed}"
+    reason = str(error).partition("\n")[0].rstrip(".")
+    return ascii(reason)[1:-1][:200] if reason else type(error).__name__
 
 
 def open_image(path: str | os.PathLike, limit: SizeLimit) -> BinaryIO:
