@@ -237,3 +237,12 @@ def test_blobs_are_no_images(predictor):
         predictor([])
     with pytest.raises(ValueError, match="must be uint8"):
         predictor.run(logits_of, np.zeros((1, 32, 32, 3), np.float32))
+
+
+def test_a_card_cannot_ask_for_gigabytes(predictor):
+    record = {**predictor.card["preprocessing"], "size": [8192, 8192]}
+    card = {**predictor.card, "preprocessing": record}
+    given = Predictor((predictor.model, predictor.variables, card), batch_size=1)
+    with pytest.raises(UserError, match="asks for images of 8192x8192 pixels"):
+        given.logits(np.zeros((32, 32, 3), np.uint8))
+    assert given.pixels(np.zeros((32, 32, 3), np.uint8), size=(32, 32)).shape == (1, 32, 32, 3)

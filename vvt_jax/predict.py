@@ -49,7 +49,9 @@ def read_labels(path: str | os.PathLike) -> list[str]:
     try:
         names = storage.read_text(path, SizeLimit.LABELS).splitlines()
     except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror}.") from error
+        raise UserError(
+            f"{path} is no file of class names: it can't be read ({error.strerror})."
+        ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is no file of class names: it is not UTF-8 text.") from error
     if not names:

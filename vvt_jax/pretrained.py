@@ -158,7 +158,7 @@ def _read_config(folder: AnyPath) -> dict[str, Any]:
         )
     try:
         model = from_fields(_CLASSES[config["class"]], config["fields"])
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, RecursionError, TypeError, ValueError) as error:
         reason = str(error).rstrip(".")
         raise WeightsError(f"{folder / _CONFIG} describes no model: {_shown(reason)}.") from error
     _check_card(config["card"], model, f"{folder / _CONFIG}: ")
@@ -166,8 +166,8 @@ def _read_config(folder: AnyPath) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> str:
-    """Something out of a file, short and on one line."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value))[:200]
+    """Something out of a file, short."""
+    return str(value)[:200]
 
 
 def _check_size(path: AnyPath, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -186,13 +186,13 @@ def _check_card(card: Any, model: VVT, where: str = "") -> None:
         try:
             check_record(record)
             np.asarray([record["mean"], record["std"]], np.float32)
-        except (AttributeError, OverflowError, TypeError, ValueError) as error:
+        except (AttributeError, OverflowError, RecursionError, TypeError, ValueError) as error:
             reason = _shown(str(error).rstrip("."))
             raise WeightsError(f"{where}the card's preprocessing is unfit: {reason}.") from error
     if "inference" in card:
         try:
             check_inference(card["inference"])
-        except (TypeError, ValueError) as error:
+        except (OverflowError, RecursionError, TypeError, ValueError) as error:
             reason = _shown(str(error).rstrip("."))
             raise WeightsError(f"{where}the card's inference is unfit: {reason}.") from error
     if "class_names" in card:

@@ -156,7 +156,7 @@ def judge(read: Callable[[], Any]) -> dict[str, Any]:
         outcome, text = "result", ""
     except UserError as error:
         text = str(error)
-        sound = text.endswith((".", "?")) and text.isprintable() and len(text) < 1000
+        sound = text.endswith((".", "?")) and text.isprintable()
         outcome = "sentence" if sound else "no sentence"
     except MemoryError as error:
         outcome, text = "memory", str(error)
