@@ -1,5 +1,6 @@
 """Which weights a model has, and whether given ones are those."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,8 +20,19 @@ class WeightsError(UserError):
 
 def variable_shapes(model: VVT) -> dict[str, tuple[int, ...]]:
     """The shape of every variable of a model, by its path, e.g. `params/stage1/norm/scale`."""
+    try:
+        return dict(_cached_shapes(model))
+    except TypeError:  # a field is a list, which has no hash
+        return _trace_shapes(model)
+
+
+def _trace_shapes(model: VVT) -> dict[str, tuple[int, ...]]:
     shapes = jax.eval_shape(model.init, jax.random.key(0), smallest_image())
     return {path: leaf.shape for path, leaf in flatten_dict(shapes, sep="/").items()}
+
+
+# Tracing takes most of the time in which a model is loaded, which asks for the shapes twice
+_cached_shapes = functools.lru_cache(16)(_trace_shapes)
 
 
 def check_arrays(given: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> None:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from vvt_jax import storage
 from vvt_jax.data.sources import DataError
+from vvt_jax.storage import SizeLimit
 
 NAME, VERSION = "imagenet2012", "5.1.0"
 _TRAIN, _VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -44,6 +45,8 @@ class Images:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         member = self._members[index]
+        if member.size > SizeLimit.IMAGE:
+            raise DataError(f"{self._archive} is damaged: {member.name} has {member.size} bytes.")
         try:
             content = storage.read_range(self._archive, member.start, member.start + member.size)
         except OSError as error:
@@ -119,7 +122,7 @@ def _members(path: Path, inside: _Member | None = None) -> list[_Member]:
                     for m in archive
                     if m.isfile()
                 ]
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
         told = path if inside is None else f"{inside.name} in {path}"
         raise DataError(f"{told} is damaged, or no tar archive: {error}.") from error
     return sorted(found, key=lambda member: member.name)

@@ -50,6 +50,11 @@ def read_offsets(path: str | os.PathLike) -> np.ndarray:
                 if len(header) == _HEADER:
                     length = _length(header, path, offsets[-1])
                     end = offsets[-1] + _HEADER + length + _FOOTER
+                    if length > SizeLimit.RECORD:
+                        raise DataError(
+                            f"{path} can't be read: its record at byte {offsets[-1]} has {length} "
+                            f"bytes, and a record has at most {SizeLimit.RECORD}."
+                        )
                 if len(header) < _HEADER or end > size:
                     raise DataError(
                         f"{path} is truncated: its record at byte {offsets[-1]} reaches over the "
