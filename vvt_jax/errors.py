@@ -5,7 +5,7 @@ import errno
 import os
 from collections.abc import Iterator
 
-_LONGEST = 2000  # characters of a message
+_LONGEST = 8000  # characters of a message; a path has up to 4096
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -14,7 +14,7 @@ class UserError(ValueError):
 
     It stays on one line and does not act on a terminal, whatever a file's name or its content has
     put into it: characters that can't be printed are written as Python's escapes, and of a message
-    of more than 2000 characters the middle is left out.
+    of more than 8000 characters the middle is left out.
     """
 
     def __init__(self, message: str):

@@ -46,7 +46,7 @@ MOST_PIXELS = 2**25  # of an image once decoded, 100 MB
 LARGE_PIXELS = 2**22  # an image of more is decoded while no other large one is, in seconds
 SECONDS = 30.0  # for the body of a request to arrive
 IDLE_SECONDS = 5.0  # without a byte of it; also for the headers of a request to arrive
-MOST_WAITING = 16  # images that have arrived, each of which may hold so much
+MOST_WAITING = {False: 16, True: 4}  # small and large images that have arrived
 MOST_BUFFERED = 2**27  # bytes of images that are arriving
 MOST_CONNECTIONS = 256
 CLASSES = 5
@@ -86,7 +86,8 @@ def create_app(
     predictor.run(class_map, np.zeros((1, *predictor.size, 3), np.uint8))  # compiled before it asks
     turn = asyncio.Lock()  # one image at a time: each already uses all cores
     large = asyncio.Lock()  # so that small images go past a large one that is being decoded
-    waiting = buffered = 0
+    waiting = {False: 0, True: 0}  # small and large images
+    buffered = 0
 
     def decode(body: bytes) -> np.ndarray:
         return predictor.pixels(sources.decode(io.BytesIO(body), "The image", upright=True))
@@ -104,21 +105,21 @@ def create_app(
         }
 
     async def predict(request: Request) -> Response:
-        nonlocal waiting
         body = await receive(request)
+        is_large = _is_large(body)
         # Only now, so that uploads that never end lock nobody out
-        if waiting >= MOST_WAITING:
+        if waiting[is_large] >= MOST_WAITING[is_large]:
             raise HTTPException(503, _BUSY)
-        waiting += 1
+        waiting[is_large] += 1
         try:
-            async with large if _is_large(body) else contextlib.nullcontext():
+            async with large if is_large else contextlib.nullcontext():
                 pixels = await run_in_threadpool(decode, body)
             async with turn:
                 return JSONResponse(await run_in_threadpool(answer, pixels), headers=_HEADERS)
         except ValueError as error:  # what it is about an image that can't be used
             raise HTTPException(400, _sentence(error)) from error
         finally:
-            waiting -= 1
+            waiting[is_large] -= 1
 
     async def receive(request: Request) -> bytes:
         """The body; refused as soon as it is too long, whatever its header says."""
