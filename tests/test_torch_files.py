@@ -402,10 +402,10 @@ def test_work_that_a_short_program_repeats_is_bounded(tmp_path, repeated):
         + b"."
     )
     path = _archive(tmp_path / "x.pth", program)
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(WeightsError):
         torch_files.read_file(path)
-    assert time.monotonic() - started < 2
+    assert time.process_time() - started < 2
 
 
 def _patched(path, old, new):
