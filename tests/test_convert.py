@@ -280,6 +280,17 @@ def test_what_is_not_the_model_is_named(tmp_path, published):
     _refused(path, "'a' is no tensor")
 
 
+def test_weights_that_are_no_numbers_are_refused(tmp_path, published):
+    arrays = {name: np.array(array) for name, array in published.items()}
+    arrays["block1.0.norm1.weight"][3] = np.nan
+    torch_files.write_file(tmp_path / "x.pth", arrays)
+    _refused(
+        tmp_path / "x.pth",
+        "block1.0.norm1.weight has NaN or infinite numbers",
+        **_HEADS,
+    )
+
+
 def test_imagenets_classes_are_named(tmp_path):
     model = _model(num_classes=1000)
     torch_files.write_file(tmp_path / "x.pth", convert.to_pytorch(_variables(model), model))

@@ -263,12 +263,15 @@ def test_pictures_of_another_kind_of_model_are_refused(
 def _label_files(folder):
     """Name, content and what is said of it."""
     return {
-        "missing": (None, "there is no such file"),
+        "missing": (None, "it can't be read (No such file or directory)"),
         "empty": (b"", "it is empty"),
         "truncated": (b"zero\none\ntw\xe2\x98", "it is not UTF-8 text"),
         "wrong type": (b"\x89PNG\r\n\x1a\n\x00\x00\xff", "it is not UTF-8 text"),
         "hostile": (b"zero\n\x1b[2Jone\n", "line 2 is no name"),
-        "oversized": (b"x\n" * 2**21 + b"x", "it is larger than 4 MB"),
+        "oversized": (
+            b"x\n" * 2**21 + b"x",
+            "it can't be read (it has 4194305 bytes, and a file of its kind has at most 4194304)",
+        ),
         "blank": (b"zero\n\none\n", "line 2 is no name"),
     }
 
@@ -461,15 +464,15 @@ def test_what_may_not_be_read_or_written_is_told(
     assert name == str(sound)
     assert best.endswith("%  7")
     assert done.stderr.splitlines() == [
-        f"error: {tmp_path}/labels.txt can't be read: Permission denied.",
+        f"error: {tmp_path}/labels.txt is no file of class names: it can't be read "
+        "(Permission denied).",
         f"error: --heatmap={tmp_path}/heat can't be a folder: Permission denied.",
         f"error: --heatmap={tmp_path}/heat/deep can't be a folder: Permission denied.",
         f"error: {tmp_path}/model is not a model folder: it has no readable config.json "
         "(Permission denied).",
         f"error: {tmp_path}/locked can't be read: Permission denied.",
         f"error: {tmp_path}/locked has no images (jpg, jpeg, png, webp).",
-        f"error: {tmp_path}/locked.png can't be decoded: [Errno 13] Permission denied: "
-        f"'{tmp_path}/locked.png'.",
+        f"error: {tmp_path}/locked.png can't be read: Permission denied.",
     ]
 
 

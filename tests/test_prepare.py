@@ -324,7 +324,7 @@ def test_other_refusals(archives, tfrecord_copy, tmp_path):
     cases = [
         (("mnist", data), "There is nothing to make mnist of: give --from_tfrecord"),
         (("imagenet2012", data, f"--manual_dir={tmp_path}"), "has neither ILSVRC2012_img_train"),
-        (("mnist", data, f"--from_tfrecord={tmp_path}"), "has no data set 'mnist' that tfds prep"),
+        (("mnist", data, f"--from_tfrecord={tmp_path}"), "The data set 'mnist' was not found in"),
         (
             ("fashion_mnist", f"--data_dir={tfrecord_copy}", f"--from_tfrecord={tfrecord_copy}"),
             "is the copy itself: give another --data_dir.",

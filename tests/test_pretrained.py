@@ -325,6 +325,7 @@ def test_a_name_is_refused_where_the_folder_tells_it(folder):
 
 
 _PREPROCESSING = _CARD["preprocessing"]
+_INFERENCE = {"short_side": 64, "window": [64, 64], "stride": 0, "scales": [1.0], "flip": False}
 
 
 @pytest.mark.parametrize(
@@ -341,6 +342,17 @@ _PREPROCESSING = _CARD["preprocessing"]
         ({"preprocessing": {**_PREPROCESSING, "mean": "abc"}}, "is unfit"),
         ({"inference": {"stride": 0}}, "the card's inference is unfit: The settings are"),
         ({"inference": 7}, "the card's inference is unfit"),
+        ({"inference": {**_INFERENCE, "short_side": float("nan")}}, "`short_side` must be a whole"),
+        ({"inference": {**_INFERENCE, "short_side": 10**6}}, "`short_side` must be a whole"),
+        ({"inference": {**_INFERENCE, "scales": [float("inf")]}}, "`scales` must be"),
+        ({"inference": {**_INFERENCE, "scales": [1.0] * 1000}}, "`scales` must be"),
+        ({"inference": {**_INFERENCE, "flip": "no"}}, "`flip` must be True or False"),
+        ({"preprocessing": {**_PREPROCESSING, "mean": [123.675] * 3}}, "`mean` must be from 0 to"),
+        ({"preprocessing": {**_PREPROCESSING, "std": [58.395] * 3}}, "`std` must be from"),
+        ({"preprocessing": {**_PREPROCESSING, "std": [1e-320] * 3}}, "`std` must be from"),
+        ({"preprocessing": {**_PREPROCESSING, "crop_fraction": 1e-320}}, "is too small for `size`"),
+        ({"preprocessing": {**_PREPROCESSING, "size": [True, True]}}, "whole pixels"),
+        ({"class_names": ["a", "\ud800"]}, "half of a character"),
         ({"class_names": "abc"}, "are not a list of texts"),
         ({"class_names": [1, 2, 3]}, "are not a list of texts"),
         ({"class_names": ["a", "b", "c", "d"]}, "has 4 class_names, the model 3 classes"),
@@ -368,7 +380,7 @@ def test_what_is_far_too_large_is_not_read(folder):
     _refusal(folder, "has 1099511627776 bytes, but its model needs at most")
     with (folder / "config.json").open("r+b") as file:
         file.truncate(2**40)
-    _refusal(folder, folder / "config.json", "is far too large")
+    _refusal(folder, folder, "no readable config.json (it has 1099511627776 bytes")
 
 
 def test_nesting_and_numbers_beyond_measure_are_refused(folder):
@@ -398,6 +410,49 @@ def test_no_permission_is_a_sentence(folder, unprivileged):
     _refusal(folder / "x.pth", folder / "x.pth", "can't be read: Permission denied")
     if os.geteuid() != 65534:
         folder.chmod(0o700)
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_no_numbers_are_refused(folder, number):
+    path = folder / "model.safetensors"
+    arrays = load_file(path)
+    arrays["params/head/bias"][1] = number
+    save_file(arrays, path)
+    _edit(folder, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    _refusal(folder, path, "params/head/bias has NaN or infinite numbers")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"format_version": True}, "has format version True"),
+        ({"format_version": 1.0}, "has format version 1.0"),
+        ({"class": []}, "holds a []"),
+        ({"class": "a\nb"}, "holds a a\\nb"),
+        ({"fields": {"remat": "x"}}, "remat='x' does not fit: it is True or False"),
+        ({"fields": {"unroll": 1}}, "unroll=1 does not fit"),
+        ({"fields": {"clamp": None}}, "clamp=None does not fit"),
+        ({"fields": {"ffn_bands": 2**40}}, "ffn_bands=1099511627776 does not fit"),
+        ({"fields": {"depths": [True, 1, 1, 1]}}, "it takes four positive whole numbers"),
+        ({"fields": {"dtype": ["float32"]}}, "describes no model"),
+        ({"fields": {"attention": {}}}, "describes no model"),
+        ({"fields": {"locality": []}}, "describes no model"),
+        ({"fields": {"num_classes": False}}, "num_classes=False does not fit"),
+    ],
+)
+def test_fields_of_another_type_are_refused(folder, changes, words):
+    config = json.loads((folder / "config.json").read_text())
+    if "fields" in changes:
+        changes = {"fields": {**config["fields"], **changes["fields"]}}
+    _edit(folder, **changes)
+    _refusal(folder, words)
+
+
+@pytest.mark.parametrize("part", ["config.json", "model.safetensors"])
+def test_a_pipe_in_a_model_folder_is_not_waited_for(folder, part):
+    (folder / part).unlink()
+    os.mkfifo(folder / part)
+    _refusal(folder, "it is a pipe and not a regular file")
 
 
 def test_weights_that_are_no_floats_are_refused(folder):

@@ -1,6 +1,9 @@
 """Object stores, by a real server on this machine: what is written, read, resumed and refused."""
 
+import contextlib
+import os
 import signal
+import socket
 import sys
 import time
 
@@ -50,6 +53,52 @@ def test_what_is_missing_has_a_reason(place):
         with pytest.raises(OSError, match="No such file") as caught:
             read(place / "nothing")
         assert caught.value.strerror == "No such file or directory"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device", "folder", "link to a pipe"])
+def test_only_regular_files_are_opened_and_nothing_is_waited_for(tmp_path, kind):
+    path = tmp_path / "file"
+    reasons = {
+        "pipe": "it is a pipe and not a regular file",
+        "link to a pipe": "it is a pipe and not a regular file",
+        "device": "it is a device and not a regular file",
+        "folder": "Is a directory",
+        "socket": "No such device or address",
+    }
+    with contextlib.ExitStack() as stack:
+        if kind == "folder":
+            path.mkdir()
+        elif kind == "device":
+            path.symlink_to("/dev/zero")
+        elif kind == "socket":
+            stack.enter_context(socket.socket(socket.AF_UNIX)).bind(str(path))
+        else:
+            os.mkfifo(path)
+        if kind.startswith("link"):
+            (tmp_path / "link").symlink_to(path)
+            path = tmp_path / "link"
+        for read in (
+            lambda p: storage.open_file(p, None),
+            storage.read_bytes,
+            lambda p: storage.read_range(p, 0, 1),
+            lambda p: storage.open_to_skim(p).__enter__(),
+        ):
+            with pytest.raises(OSError) as caught:  # noqa: PT011
+                read(path)
+            assert caught.value.strerror == reasons[kind]
+            assert caught.value.filename == str(path)
+
+
+def test_what_is_larger_than_its_kind_allows_is_not_read(tmp_path):
+    with (tmp_path / "file").open("wb") as file:
+        file.truncate(2**40)  # a hole: takes no space
+    for limit in storage.SizeLimit:
+        with pytest.raises(OSError, match=rf"has 1099511627776 bytes, .* at most {limit}"):
+            storage.read_bytes(tmp_path / "file", limit)
+    (tmp_path / "file").write_bytes(b"1234")
+    assert storage.read_bytes(tmp_path / "file", 4) == b"1234"
+    with pytest.raises(OSError, match="has 4 bytes"):
+        storage.read_bytes(tmp_path / "file", 3)
 
 
 def test_fingerprints_change_with_the_file(place):

@@ -325,7 +325,8 @@ def _write_sums(folder: epath.Path) -> None:
 def verify_sums(folder: epath.Path) -> None:
     """Raises `DamagedError`, unless all files on the folder's list are what was written."""
     try:
-        lines = (folder / SUMS).read_bytes().decode(errors="replace").splitlines()
+        content = storage.read_bytes(folder / SUMS, storage.SizeLimit.SUMS)
+        lines = content.decode(errors="replace").splitlines()
     except OSError as error:
         raise DamagedError(f"{folder.name}/{SUMS} is missing") from error
     if not lines:
@@ -342,7 +343,7 @@ def verify_sums(folder: epath.Path) -> None:
 
 def _sum(path: epath.Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with storage.open_to_skim(path) as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
@@ -359,8 +360,9 @@ def _files(folder: epath.Path) -> Iterator[epath.Path]:
 def _read_version(folder: epath.Path) -> object:
     """The format version of a checkpoint that may be of another one, None if it has none."""
     try:
-        return json.loads((folder / "bookkeeping" / "metadata").read_text())["format_version"]
-    except (OSError, ValueError, KeyError, TypeError):
+        path = folder / "bookkeeping" / "metadata"
+        return json.loads(storage.read_text(path, storage.SizeLimit.CONFIG))["format_version"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

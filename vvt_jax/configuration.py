@@ -157,10 +157,12 @@ def settle(config: ConfigDict, workdir: AnyPath, *, write: bool = True) -> None:
     given = json.loads(json.dumps(config.to_dict()))
     if path.exists():
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
+            before = json.loads(storage.read_text(path, storage.SizeLimit.CONFIG))
             if not isinstance(before, dict):
                 raise ValueError("not a JSON object")
-        except ValueError as error:
+        except OSError as error:
+            raise ConfigError(f"{path} can't be read: {error.strerror}.") from error
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path} is damaged ({error}): use another workdir.") from error
         changed = [
             f"config.{field} ({old} before, {new} now)"

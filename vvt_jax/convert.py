@@ -32,7 +32,13 @@ from vvt_jax.errors import UserError
 from vvt_jax.model_card import variant_name
 from vvt_jax.models import VVT, create_model
 from vvt_jax.models.vvt import from_fields
-from vvt_jax.weights import WeightsError, check_arrays, smallest_image, variable_shapes
+from vvt_jax.weights import (
+    WeightsError,
+    check_arrays,
+    check_finite,
+    smallest_image,
+    variable_shapes,
+)
 
 # Published module name, ours, and the kind of its weight, in the order of the published files.
 _EMBEDDING = (("proj", "conv", "conv"), ("norm", "norm", "norm"))
@@ -153,6 +159,7 @@ def read_published(
         # before anything is read: what is not the model's may be of any size
         check_arrays(content, published_shapes(model))
         arrays = {key: value.read() for key, value in content.items()}
+        check_finite(arrays)
         variables = from_pytorch(arrays, model)
     except WeightsError as error:
         message = str(error)

@@ -5,11 +5,22 @@ import errno
 import os
 from collections.abc import Iterator
 
+_LONGEST = 8000  # characters of a message; a path has up to 4096
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class UserError(ValueError):
-    """Bad input. The message is one sentence that names the thing and the mend."""
+    """Bad input. The message is one sentence that names the thing and the mend.
+
+    It stays on one line and does not act on a terminal, whatever a file's name or its content has
+    put into it: characters that can't be printed are written as Python's escapes, and of a message
+    of more than 8000 characters the middle is left out.
+    """
+
+    def __init__(self, message: str):
+        if len(message) > _LONGEST:
+            message = f"{message[: _LONGEST - 100]} ... {message[-90:]}"
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
 
 
 class UnwrittenError(UserError):

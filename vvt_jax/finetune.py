@@ -112,12 +112,14 @@ def _read(
         variables = checkpoints.restore_variables()
     arrays = flatten_dict(variables, sep="/")
     try:
-        fields = json.loads(storage.read_bytes(path / "config.json").decode())["model"]
+        fields = json.loads(storage.read_text(path / "config.json", storage.SizeLimit.CONFIG))[
+            "model"
+        ]
         fields = {name: value for name, value in fields.items() if value is not None}
         last = "params/decoder/classifier/linear/bias" if "head" in fields else "params/head/bias"
         classes = np.shape(arrays.get(last, ()))
         model = create(fields.pop("name"), **{**fields, "num_classes": (*classes, 0)[0]})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(f"{path / 'config.json'} is not a run's: {error}.") from error
     return arrays, model, None
 

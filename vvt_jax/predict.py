@@ -30,14 +30,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import PIL.Image
 
+from vvt_jax import storage
 from vvt_jax.data import folder
 from vvt_jax.data.sources import BrokenImageError
 from vvt_jax.errors import UserError
+from vvt_jax.storage import SizeLimit
 
 if TYPE_CHECKING:
     from vvt_jax.predictor import Prediction, Predictor
-
-_LABEL_BYTES = 2**22  # of a file of class names; more is another file
 
 
 def read_labels(path: str | os.PathLike) -> list[str]:
@@ -47,13 +47,11 @@ def read_labels(path: str | os.PathLike) -> list[str]:
         UserError: a file that can't be read, is empty, or is not text.
     """
     try:
-        if not os.path.isfile(path):
-            raise UserError(f"{path} is no file of class names: there is no such file.")
-        if os.path.getsize(path) > _LABEL_BYTES:
-            raise UserError(f"{path} is no file of class names: it is larger than 4 MB.")
-        names = Path(path).read_text(encoding="utf-8").splitlines()
+        names = storage.read_text(path, SizeLimit.LABELS).splitlines()
     except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror}.") from error
+        raise UserError(
+            f"{path} is no file of class names: it can't be read ({error.strerror})."
+        ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is no file of class names: it is not UTF-8 text.") from error
     if not names:

@@ -15,10 +15,12 @@ import PIL.ImageOps
 
 from vvt_jax import parallel, pretrained
 from vvt_jax.data import preprocess, sources
+from vvt_jax.data.preprocess import UnfitImageError
 from vvt_jax.data.sources import BrokenImageError
 from vvt_jax.errors import UserError
 from vvt_jax.models import VVT, Segmenter, unstack_blocks
 from vvt_jax.models.vvt import SMALLEST_SIDE
+from vvt_jax.segment import plain_inference
 
 ImageLike: TypeAlias = str | os.PathLike | PIL.Image.Image | np.ndarray
 Size: TypeAlias = tuple[int, int]  # height, width in pixels
@@ -26,6 +28,7 @@ Size: TypeAlias = tuple[int, int]  # height, width in pixels
 # [batch, ...], a tree of arrays [batch, ...].
 Function: TypeAlias = Callable[..., Any]
 
+_LARGEST_OF_CARD = 2**22  # pixels, 2048 x 2048; what is larger must be asked for
 _LARGEST_INPUT = 2**26  # pixels of the model's input, 8192 x 8192; more is a damaged card
 
 
@@ -98,6 +101,8 @@ class Predictor:
             self.model, variables, self.card = pretrained.load_pretrained(source, name, **fields)
         told = "The model" if isinstance(source, tuple) else os.fspath(source)
         self._record = _preprocessing(self.card, told)
+        if isinstance(self.model, Segmenter):
+            _check_views(self.card, told)
         self.class_names = _class_names(self.card, class_names, self.model.num_classes)
         devices = jax.local_devices()
         self.batch_size = -(-batch_size // len(devices)) * len(devices)
@@ -111,8 +116,18 @@ class Predictor:
 
     @property
     def size(self) -> Size:
-        """Height and width of the model's input as the card has it, in pixels."""
+        """Height and width of the model's input as the card has it, in pixels.
+
+        Raises:
+            UserError: they are so large that a small file would ask for gigabytes of memory.
+        """
         height, width = self._record["size"]
+        if height * width > _LARGEST_OF_CARD:
+            raise UserError(
+                f"The model's card asks for images of {height}x{width} pixels, which takes "
+                "gigabytes of memory: if that is meant, give size=(height, width) to Predictor's "
+                "methods."
+            )
         return int(height), int(width)
 
     def __call__(self, images: ImageLike | Iterable[ImageLike], top: int = 5) -> list[Prediction]:
@@ -298,9 +313,6 @@ def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 def read_upright(path: str) -> PIL.Image.Image:
     """The RGB image in a file, turned as its EXIF orientation says, or BrokenImageError."""
-    # Opening a pipe would wait for ever
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise BrokenImageError(f"{path} can't be decoded: it is no regular file.")
     return sources.decode(path, path, upright=True)
 
 
@@ -310,8 +322,8 @@ def _prepare(image: ImageLike, record: Mapping[str, Any]) -> np.ndarray:
         decoded = read_upright(path)
         try:
             return preprocess.eval_image(decoded, record)
-        except ValueError as error:  # too long and narrow
-            raise BrokenImageError(f"{path} can't be used: {str(error).rstrip('.')}.") from error
+        except UnfitImageError as error:
+            raise BrokenImageError(f"{path} can't be used: {error}") from error
     if isinstance(image, PIL.Image.Image):
         return preprocess.eval_image(PIL.ImageOps.exif_transpose(image), record)
     return preprocess.eval_image(image, record)
@@ -336,6 +348,17 @@ def _preprocessing(card: Mapping[str, Any], told: str) -> dict[str, Any]:
             f"{told} has a card whose preprocessing can't be used: {reason}."
         ) from error
     return dict(record)
+
+
+def _check_views(card: Mapping[str, Any], told: str) -> None:
+    """Refuses a segmenter's card that would take gigabytes of memory for each image."""
+    inference = card.get("inference") or plain_inference(card["preprocessing"])
+    side = inference["short_side"] * max(inference["scales"])
+    if side**2 > _LARGEST_OF_CARD:
+        raise UserError(
+            f"{told} has a card that asks for images with a short side of {side:g} pixels, which "
+            "takes gigabytes of memory: if that is meant, use vvt_jax.segment.segment_image."
+        )
 
 
 def _class_names(

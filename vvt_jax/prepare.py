@@ -204,15 +204,10 @@ def _imagenet(root: Path, archives: Path) -> Path:
 
 
 def _from_tfrecord(name: str, root: Path, given: Path) -> Path:
-    from tensorflow_datasets.core import read_only_builder, registered
-
+    from vvt_jax.data.prepared import open_builder
     from vvt_jax.data.tfrecord import TFRecords
 
-    try:
-        builder = read_only_builder.builder_from_files(name, data_dir=os.fspath(given))
-    except (registered.DatasetNotFoundError, ValueError) as error:
-        raise DataError(f"{given} has no data set {name!r} that tfds prepared.") from error
-    info = builder.info
+    info = open_builder(name, os.fspath(given)).info
     if info.file_format is None or info.file_format.value != "tfrecord":
         raise DataError(f"{name!r} in {info.data_dir} is not in TFRecord.")
     base, *config = name.partition(":")[0].split("/")

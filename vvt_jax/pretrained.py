@@ -22,13 +22,11 @@ from vvt_jax.data.preprocess import check_record
 from vvt_jax.models import VVT, Segmenter
 from vvt_jax.models.vvt import from_fields, model_fields
 from vvt_jax.segment import check_inference
-from vvt_jax.storage import AnyPath
-from vvt_jax.weights import WeightsError, check_arrays, variable_shapes
+from vvt_jax.storage import AnyPath, SizeLimit
+from vvt_jax.weights import WeightsError, check_arrays, check_finite, variable_shapes
 
 FORMAT_VERSION = 1
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
-_LARGEST_CONFIG = 2**26  # bytes; 20,000 class names take about 2**19
-_LARGEST_SIDE = 2**14  # pixels
 _CLASSES: dict[str, type[VVT]] = {
     "vvt_jax.models.VVT": VVT,
     "vvt_jax.models.Segmenter": Segmenter,
@@ -108,7 +106,7 @@ def load_pretrained(
         raise WeightsError(f"{folder / _CONFIG} describes no model: {error}.") from error
     try:
         _check_size(folder / _WEIGHTS, shapes)
-        weights = storage.read_bytes(folder / _WEIGHTS)
+        weights = storage.read_bytes(folder / _WEIGHTS, SizeLimit.WEIGHTS)
     except OSError as error:
         raise WeightsError(f"{folder} has no readable {_WEIGHTS}: {error.strerror}.") from error
     if hashlib.sha256(weights).hexdigest() != config["sha256"]:
@@ -118,24 +116,23 @@ def load_pretrained(
         )
     try:
         arrays = load_safetensors(weights)
-    except SafetensorError as error:
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{folder / _WEIGHTS} is not a safetensors file: {error}.") from error
     check_arrays(arrays, shapes)
     for key, array in arrays.items():
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise WeightsError(f"{folder / _WEIGHTS} has {key} in {array.dtype}, not a float.")
+    try:
+        check_finite(arrays)
+    except WeightsError as error:
+        raise WeightsError(f"{folder / _WEIGHTS}: {error}") from error
     variables = unflatten_dict({name: jnp.asarray(a) for name, a in arrays.items()}, sep="/")
     return model, variables, config["card"]
 
 
 def _read_config(folder: AnyPath) -> dict[str, Any]:
     try:
-        content = storage.read_range(folder / _CONFIG, 0, _LARGEST_CONFIG + 1)
-        if len(content) > _LARGEST_CONFIG:
-            raise WeightsError(f"{folder / _CONFIG} is not a model folder's: it is far too large.")
-        config = json.loads(content.decode("utf-8"))
-    except WeightsError:
-        raise
+        config = json.loads(storage.read_text(folder / _CONFIG, SizeLimit.CONFIG))
     except OSError as error:
         raise WeightsError(
             f"{folder} is not a model folder: it has no readable {_CONFIG} ({error.strerror})."
@@ -149,20 +146,28 @@ def _read_config(folder: AnyPath) -> dict[str, Any]:
         raise WeightsError(
             f"{folder / _CONFIG} is not a model folder's: it lacks {', '.join(sorted(missing))}."
         )
-    if config["format_version"] != FORMAT_VERSION:
+    version = config["format_version"]
+    if type(version) is not int or version != FORMAT_VERSION:  # True equals 1
         raise WeightsError(
-            f"{folder} has format version {config['format_version']}, "
+            f"{folder} has format version {_shown(version)}, "
             f"but this program reads version {FORMAT_VERSION}."
         )
-    if config["class"] not in _CLASSES:
-        raise WeightsError(f"{folder} holds a {config['class']}, not a {' or '.join(_CLASSES)}.")
+    if not isinstance(config["class"], str) or config["class"] not in _CLASSES:
+        raise WeightsError(
+            f"{folder} holds a {_shown(config['class'])}, not a {' or '.join(_CLASSES)}."
+        )
     try:
         model = from_fields(_CLASSES[config["class"]], config["fields"])
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, RecursionError, TypeError, ValueError) as error:
         reason = str(error).rstrip(".")
-        raise WeightsError(f"{folder / _CONFIG} describes no model: {reason}.") from error
+        raise WeightsError(f"{folder / _CONFIG} describes no model: {_shown(reason)}.") from error
     _check_card(config["card"], model, f"{folder / _CONFIG}: ")
     return config
+
+
+def _shown(value: Any) -> str:
+    """Something out of a file, short."""
+    return str(value)[:200]
 
 
 def _check_size(path: AnyPath, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -181,21 +186,27 @@ def _check_card(card: Any, model: VVT, where: str = "") -> None:
         try:
             check_record(record)
             np.asarray([record["mean"], record["std"]], np.float32)
-            if max(record["size"]) > _LARGEST_SIDE:
-                raise ValueError(f"`size` is above {_LARGEST_SIDE} pixels")
-        except (AttributeError, OverflowError, TypeError, ValueError) as error:
-            reason = str(error).rstrip(".")
+        except (AttributeError, OverflowError, RecursionError, TypeError, ValueError) as error:
+            reason = _shown(str(error).rstrip("."))
             raise WeightsError(f"{where}the card's preprocessing is unfit: {reason}.") from error
     if "inference" in card:
         try:
             check_inference(card["inference"])
-        except (TypeError, ValueError) as error:
-            reason = str(error).rstrip(".")
+        except (OverflowError, RecursionError, TypeError, ValueError) as error:
+            reason = _shown(str(error).rstrip("."))
             raise WeightsError(f"{where}the card's inference is unfit: {reason}.") from error
     if "class_names" in card:
         names = card["class_names"]
         if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
             raise WeightsError(f"{where}the card's class_names are not a list of texts.")
+        for name in names:
+            try:
+                name.encode()
+            except UnicodeEncodeError as error:
+                raise WeightsError(
+                    f"{where}the card's class name {ascii(name)[:100]} can't be written: it has "
+                    "half of a character."
+                ) from error
         if model.num_classes and len(names) > model.num_classes:
             raise WeightsError(
                 f"{where}the card has {len(names)} class_names, the model {model.num_classes} "

@@ -13,7 +13,7 @@ import PIL.Image
 from tqdm import tqdm
 
 from vvt_jax import storage
-from vvt_jax.storage import AnyPath
+from vvt_jax.storage import AnyPath, StorageError
 
 _SHARES = {
     "top1": "top-1",
@@ -96,7 +96,7 @@ class Reporter:
         """The measurements of the last step that was written, empty at the start of a run."""
         self.flush()
         found = self._path.exists()  # not yet, where another process writes it
-        lines = storage.read_bytes(self._path).decode().splitlines() if found else []
+        lines = _read_lines(self._path) if found else []
         metrics = json.loads(lines[-1]) if lines else {}
         return {name: value for name, value in metrics.items() if name != "step"}
 
@@ -108,13 +108,22 @@ class Reporter:
         if not self._path.exists():
             return []
         kept = []
-        for line in storage.read_bytes(self._path).decode().splitlines():
+        for line in _read_lines(self._path):
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
-            except json.JSONDecodeError:  # a kill tore the last line
+            # A kill tore the last line, or something else damaged one
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue
         return kept
+
+
+def _read_lines(path: AnyPath) -> list[str]:
+    try:
+        content = storage.read_bytes(path, storage.SizeLimit.METRICS)
+    except OSError as error:
+        raise StorageError(f"{path} can't be read: {error.strerror}.") from error
+    return content.decode(errors="replace").splitlines()
 
 
 class _TensorBoard:

@@ -4,15 +4,21 @@ A file system appends to a file, syncs it and gives it a name when it is whole. 
 none of that, but shows an object only once all of it is there. This module alone knows which is
 which: it reads what is there or raises OSError with the reason in `strerror`, and it writes so that
 a kill at any moment leaves the old file or the new one.
+
+Every local file that the program is given is opened by `open_file`, or by a function here that
+calls it. After following links it must be a regular file, of at most the size that its kind allows:
+a pipe would block for ever, and a file that is far too large belongs to something else.
 """
 
 import contextlib
+import enum
 import errno
 import importlib.util
 import io
 import logging
 import os
 import re
+import stat
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,8 +35,31 @@ _AHEAD = 2**22  # bytes that are fetched at once where an object is read from it
 _SECONDS = 60  # between two times that a growing file is written anew
 
 
+_KINDS = {  # of what is not a regular file, by what `stat.S_IFMT` gives
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
 class StorageError(UserError):
     """A place that can't be reached or written."""
+
+
+class SizeLimit(enum.IntEnum):
+    """The largest file that is read of each kind, in bytes."""
+
+    LABELS = 2**22  # class names, one a line; a million short ones
+    CONFIG = 2**26  # a model's or a run's config.json; 20,000 class names take about 2^19
+    DESCRIPTION = 2**26  # the JSON files that describe a prepared data set
+    SUMS = 2**26  # the list of a checkpoint's files
+    MASK = 2**28
+    IMAGE = 2**29
+    RECORD = 2**30  # one record of a data set; its file may have any size
+    METRICS = 2**31  # metrics.jsonl; ten million lines
+    ARRAYS = 2**32  # a raw data set, or the index of a prepared one, that is read whole
+    WEIGHTS = 2**34  # model.safetensors or a .pth file; vvt_large's training state has 2^30
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -86,15 +115,63 @@ def is_folder(path: AnyPath) -> bool:
     return path.is_dir() if is_remote(path) else os.path.isdir(path)
 
 
-def read_bytes(path: str | os.PathLike) -> bytes:
-    """A whole file."""
+def open_file(path: str | os.PathLike, limit: int | None, *, buffering: int = -1) -> BinaryIO:
+    """Opens a file to read it; one of an object store is fetched whole.
+
+    Args:
+        path: the file, or a link to it.
+        limit: its largest size in bytes, most often of `SizeLimit`; None: any size.
+        buffering: as for the built-in `open`.
+
+    Raises:
+        OSError: it can't be read, is not a regular file, or is larger than the limit; the reason is
+            in `strerror`.
+    """
+    if is_remote(path):
+        return io.BytesIO(read_bytes(path, limit))
+    # Without O_NONBLOCK, opening a pipe waits for somebody who writes into it
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        status = os.fstat(descriptor)
+        kind = stat.S_IFMT(status.st_mode)
+        if kind == stat.S_IFDIR:
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+        if kind != stat.S_IFREG:
+            what = _KINDS.get(kind, "something else")
+            raise OSError(errno.EINVAL, f"it is {what} and not a regular file", os.fspath(path))
+        _check_size(path, status.st_size, limit)
+        return os.fdopen(descriptor, "rb", buffering)
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _check_size(path: str | os.PathLike, size: int, limit: int | None) -> None:
+    if limit is not None and size > limit:
+        reason = f"it has {size} bytes, and a file of its kind has at most {limit}"
+        raise OSError(errno.EINVAL, reason, os.fspath(path))
+
+
+def read_bytes(path: str | os.PathLike, limit: int | None = None) -> bytes:
+    """A whole file; arguments and errors as for `open_file`."""
     with _os_errors(path):
-        return _path(path).read_bytes()
+        if is_remote(path):
+            if limit is not None:
+                _check_size(path, _file_system(path).size(os.fspath(path)) or 0, limit)
+            return _path(path).read_bytes()
+        with open_file(path, limit) as file:
+            # No more than it had when it was opened, since `read` makes room for what it is told
+            content = file.read(os.fstat(file.fileno()).st_size)
+    return content
 
 
-def fetched(path: str) -> str | BinaryIO:
-    """What a library can open that reads files of this machine only: the path, or the content."""
-    return io.BytesIO(read_bytes(path)) if is_remote(path) else path
+def read_text(path: str | os.PathLike, limit: int | None) -> str:
+    """A whole file of UTF-8; further errors as for `open_file`.
+
+    Raises:
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    return read_bytes(path, limit).decode("utf-8")
 
 
 def read_range(path: str | os.PathLike, start: int, end: int) -> bytes:
@@ -103,7 +180,7 @@ def read_range(path: str | os.PathLike, start: int, end: int) -> bytes:
         if is_remote(path):
             return _file_system(path).cat_file(os.fspath(path), start=start, end=end)
         # Opened anew: data sets have more files than a process may keep open.
-        with open(path, "rb", buffering=0) as file:
+        with open_file(path, None, buffering=0) as file:
             return os.pread(file.fileno(), end - start, start)
 
 
@@ -116,7 +193,7 @@ def open_to_skim(path: str | os.PathLike) -> Iterator[BinaryIO]:
             with files.open(path, "rb", block_size=_AHEAD, cache_type="readahead") as file:
                 yield file
         else:
-            with open(path, "rb", buffering=0) as file:
+            with open_file(path, None, buffering=0) as file:
                 yield file
 
 

@@ -21,15 +21,20 @@ class WeightsError(UserError):
 def abstract_variables(model: VVT) -> dict[str, Any]:
     """The variables of a model as `jax.ShapeDtypeStruct`; nothing is computed.
 
-    Tracing a model takes a second, so recent answers are kept.
+    Tracing takes most of the time in which a model is loaded, so recent answers are kept.
     """
-    tree = _trace_variables(model)
+    try:
+        tree = _cached_variables(model)
+    except TypeError:  # a field is a list, which has no hash
+        tree = _trace_variables(model)
     return jax.tree.map(lambda leaf: leaf, tree)  # a copy, so that callers may change it
 
 
-@functools.lru_cache(maxsize=64)
 def _trace_variables(model: VVT) -> dict[str, Any]:
     return jax.eval_shape(model.init, jax.random.key(0), smallest_image())
+
+
+_cached_variables = functools.lru_cache(maxsize=64)(_trace_variables)
 
 
 def variable_shapes(model: VVT) -> dict[str, tuple[int, ...]]:
@@ -56,6 +61,17 @@ def check_arrays(given: Mapping[str, Any], expected: Mapping[str, tuple[int, ...
                 f"These weights are not the model's: {name} is {list(np.shape(given[name]))} "
                 f"where the model has {list(shape)}."
             )
+
+
+def check_finite(arrays: Mapping[str, np.ndarray]) -> None:
+    """Refuses weights of which a model would only make more numbers that are none.
+
+    Raises:
+        WeightsError: an array, by its name, has a NaN or an infinite number.
+    """
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise WeightsError(f"These weights can't be used: {name} has NaN or infinite numbers.")
 
 
 def _some(names: list[str]) -> str:

@@ -12,6 +12,7 @@ request is written to a disk, and no path of one is looked up there.
 import argparse
 import asyncio
 import base64
+import contextlib
 import io
 import sys
 import warnings
@@ -35,14 +36,19 @@ try:
     from starlette.requests import ClientDisconnect, Request
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError:
     sys.exit("error: The page needs starlette and uvicorn: pip install 'vvt_jax[serve]'.")
 
 HERE = Path(__file__).parent
 MOST_BYTES = 8 * 2**20  # of a request
 MOST_PIXELS = 2**25  # of an image once decoded, 100 MB
-SECONDS = 30.0  # for a request to arrive
-MOST_WAITING = 16  # requests with an image, each of which may hold so much
+LARGE_PIXELS = 2**22  # an image of more is decoded while no other large one is, in seconds
+SECONDS = 30.0  # for the body of a request to arrive
+IDLE_SECONDS = 5.0  # without a byte of it; also for the headers of a request to arrive
+MOST_WAITING = {False: 16, True: 4}  # small and large images that have arrived
+MOST_BUFFERED = 2**27  # bytes of images that are arriving
+MOST_CONNECTIONS = 256
 CLASSES = 5
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -50,19 +56,27 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
+_BUSY = "Too many images are waiting: try again in a moment."
 _PAGES = {"/": "page.html", "/page.js": "page.js", "/page.css": "page.css"}
 _KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
 
 
 def create_app(
-    predictor: Predictor, *, most_bytes: int = MOST_BYTES, seconds: float = SECONDS
+    predictor: Predictor,
+    *,
+    most_bytes: int = MOST_BYTES,
+    seconds: float = SECONDS,
+    idle_seconds: float = IDLE_SECONDS,
 ) -> Starlette:
     """The application, for any ASGI server; its process refuses images of over `MOST_PIXELS`.
+
+    The server has to limit its connections and how long headers may take, as `server_config` does.
 
     Args:
         predictor: with a classifier; `batch_size=1` answers soonest.
         most_bytes: of a request's body.
         seconds: that a body may take to arrive.
+        idle_seconds: that may pass without any byte of it.
     """
     predictor.check_classifier()
     explain.check_matplotlib()
@@ -71,11 +85,14 @@ def create_app(
     class_map = explain.class_map_of(explain.default_stage(predictor))
     predictor.run(class_map, np.zeros((1, *predictor.size, 3), np.uint8))  # compiled before it asks
     turn = asyncio.Lock()  # one image at a time: each already uses all cores
-    waiting = 0
+    large = asyncio.Lock()  # so that small images go past a large one that is being decoded
+    waiting = {False: 0, True: 0}  # small and large images
+    buffered = 0
 
-    def answer(body: bytes) -> dict[str, Any]:
-        image = sources.decode(io.BytesIO(body), "The image", upright=True)
-        pixels = predictor.pixels(image)
+    def decode(body: bytes) -> np.ndarray:
+        return predictor.pixels(sources.decode(io.BytesIO(body), "The image", upright=True))
+
+    def answer(pixels: np.ndarray) -> dict[str, Any]:
         logits, maps = predictor.run(class_map, pixels)
         prediction = predictor.describe(logits[0], CLASSES)
         picture = io.BytesIO()
@@ -88,21 +105,53 @@ def create_app(
         }
 
     async def predict(request: Request) -> Response:
-        nonlocal waiting
-        if waiting >= MOST_WAITING:
-            raise HTTPException(503, "Too many images are waiting: try again in a moment.")
-        waiting += 1
+        body = await receive(request)
+        is_large = _is_large(body)
+        # Only now, so that uploads that never end lock nobody out
+        if waiting[is_large] >= MOST_WAITING[is_large]:
+            raise HTTPException(503, _BUSY)
+        waiting[is_large] += 1
         try:
-            async with asyncio.timeout(seconds):
-                body = await _read(request, most_bytes)
+            async with large if is_large else contextlib.nullcontext():
+                pixels = await run_in_threadpool(decode, body)
             async with turn:
-                return JSONResponse(await run_in_threadpool(answer, body), headers=_HEADERS)
-        except TimeoutError as error:
-            raise HTTPException(408, "The image took too long to arrive.") from error
+                return JSONResponse(await run_in_threadpool(answer, pixels), headers=_HEADERS)
         except ValueError as error:  # what it is about an image that can't be used
             raise HTTPException(400, _sentence(error)) from error
         finally:
-            waiting -= 1
+            waiting[is_large] -= 1
+
+    async def receive(request: Request) -> bytes:
+        """The body; refused as soon as it is too long, whatever its header says."""
+        nonlocal buffered
+        body = bytearray()
+        chunks = request.stream()
+        try:
+            async with asyncio.timeout(seconds):
+                while True:
+                    async with asyncio.timeout(min(seconds, idle_seconds)):
+                        chunk = await anext(chunks, None)
+                    if chunk is None:
+                        break
+                    body += chunk
+                    buffered += len(chunk)
+                    if len(body) > most_bytes:
+                        raise HTTPException(
+                            413,
+                            f"The image is larger than {most_bytes / 2**20:g} MB: send a smaller "
+                            "one.",
+                        )
+                    if buffered > MOST_BUFFERED:
+                        raise HTTPException(503, _BUSY)
+        except TimeoutError as error:
+            raise HTTPException(408, "The image took too long to arrive.") from error
+        except ClientDisconnect as error:
+            raise HTTPException(400, "The image did not arrive whole.") from error
+        finally:
+            buffered -= len(body)
+        if not body:
+            raise HTTPException(400, "There is no image in the request.")
+        return bytes(body)
 
     routes = [Route("/predict", predict, methods=["POST"])]
     for path, name in _PAGES.items():
@@ -111,21 +160,74 @@ def create_app(
     return Starlette(routes=routes, exception_handlers=handlers)
 
 
-async def _read(request: Request, most_bytes: int) -> bytes:
-    """The body; refused as soon as it is too long, whatever its header says."""
-    body = bytearray()
+class _LimitedProtocol(H11Protocol):
+    """uvicorn's protocol, which closes a connection whose headers take too long to arrive, and
+    answers only so many connections at once."""
+
+    header_seconds = IDLE_SECONDS
+    most_connections = MOST_CONNECTIONS
+    _refused = False
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        if len(self.connections) >= self.most_connections:
+            self._refused, self.transport = True, transport
+            transport.write(b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\n\r\n")
+            transport.close()
+            return
+        super().connection_made(transport)
+        self._set_deadline()
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
+        super().data_received(data)
+        self._set_deadline()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._clear_deadline()
+        if not self._refused:
+            super().connection_lost(exc)
+
+    def _set_deadline(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._clear_deadline()  # all headers are there
+        elif self._deadline is None:
+            self._deadline = self.loop.call_later(self.header_seconds, self.transport.abort)
+
+    def _clear_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+
+def server_config(
+    app: Starlette,
+    *,
+    header_seconds: float = IDLE_SECONDS,
+    most_connections: int = MOST_CONNECTIONS,
+    **options: Any,
+) -> uvicorn.Config:
+    """uvicorn's configuration, with limits for connections.
+
+    Args:
+        app: the application.
+        header_seconds: that the headers of a request may take to arrive.
+        most_connections: that are open at once.
+        **options: uvicorn's own.
+    """
+    limits = {"header_seconds": header_seconds, "most_connections": most_connections}
+    protocol = type("LimitedProtocol", (_LimitedProtocol,), limits)
+    return uvicorn.Config(app, http=protocol, **options)
+
+
+def _is_large(body: bytes) -> bool:
+    """By the image's header; what has none is refused soon."""
     try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > most_bytes:
-                raise HTTPException(
-                    413, f"The image is larger than {most_bytes / 2**20:g} MB: send a smaller one."
-                )
-    except ClientDisconnect as error:
-        raise HTTPException(400, "The image did not arrive whole.") from error
-    if not body:
-        raise HTTPException(400, "There is no image in the request.")
-    return bytes(body)
+        with PIL.Image.open(io.BytesIO(body), formats=sources.FORMATS) as image:
+            return image.width * image.height > LARGE_PIXELS
+    except Exception:  # Pillow's decoders raise whatever they stumble over
+        return False
 
 
 def _sentence(error: ValueError) -> str:
@@ -152,7 +254,7 @@ async def _refuse(_: Request, error: HTTPException) -> Response:
     told = {404: "There is no such page.", 405: "This page is not asked for in that way."}
     sentence = told.get(error.status_code, error.detail)
     headers = {**_HEADERS, **(error.headers or {})}
-    if error.status_code in (408, 413):
+    if error.status_code in (408, 413, 503):
         headers["Connection"] = "close"  # the rest of the body is not wanted
     return JSONResponse({"error": sentence}, error.status_code, headers)
 
@@ -177,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app = create_app(Predictor(options.model, options.name, batch_size=1))
     except UserError as error:
         sys.exit(f"error: {error}")
-    uvicorn.run(app, host=options.host, port=options.port)
+    uvicorn.Server(server_config(app, host=options.host, port=options.port)).run()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import io
 import zipfile
 
 import numpy as np
+import PIL.EpsImagePlugin
 import PIL.Image
 import pytest
 
@@ -87,3 +88,18 @@ def test_an_image_without_its_mask_is_named(given, tmp_path):
         (given / _ROOT / "annotations/training/ADE_train_00000002.png").unlink()
         with pytest.raises(DataError, match=r"no readable annotations/training/ADE_train_00000002"):
             prepare("ade20k", data_dir=str(tmp_path / "out"), manual_dir=str(given))
+
+
+@pytest.mark.parametrize("kind", ["EPS", "GIF", "cut"])
+def test_a_mask_of_another_format_is_not_even_tried(tmp_path, monkeypatch, kind):
+    # Pillow would run Ghostscript for the first one
+    monkeypatch.setattr(PIL.EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("it ran"))
+    for name, content in _files().items():
+        path = tmp_path / "given" / _ROOT / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    mask = tmp_path / "given" / _ROOT / "annotations" / "training" / "ADE_train_00000001.png"
+    damaged = mask.read_bytes()[:45] if kind == "cut" else _encode(np.ones((8, 12), "u1"), kind)
+    mask.write_bytes(damaged)
+    with pytest.raises(DataError, match=r"ADE_train_00000001\.png in .* can't be decoded as a PNG"):
+        prepare("ade20k", data_dir=str(tmp_path / "out"), manual_dir=str(tmp_path / "given"))

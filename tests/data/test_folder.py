@@ -1,5 +1,6 @@
 """Folders of images: real files of every kind that is read, and every sentence of refusal."""
 
+import os
 import pickle
 
 import numpy as np
@@ -143,3 +144,11 @@ def test_unknown_kinds_are_told_the_known_ones():
     with pytest.raises(DataError, match="it must be 'digits', 'tfds:NAME', 'folder', "):
         open_source("folders", "train")
     assert sources.Source
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    (tmp_path / "x").mkdir()
+    os.mkfifo(tmp_path / "x" / "a.jpg")
+    source = open_source("folder", "train", data_dir=str(tmp_path))
+    with pytest.raises(BrokenImageError, match=r"a\.jpg can't be read: it is a pipe and not a reg"):
+        source.examples[0]

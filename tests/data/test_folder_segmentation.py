@@ -1,12 +1,17 @@
 """Folders of images and masks: real files of every kind that is read, and what is refused."""
 
+import io
+import os
 import pickle
 
 import numpy as np
+import PIL.EpsImagePlugin
 import PIL.Image
 import pytest
 
+from vvt_jax.data import segmentation
 from vvt_jax.data.overlay import index_mask
+from vvt_jax.data.preprocess import UnfitImageError
 from vvt_jax.data.sources import BrokenImageError, DataError, open_source
 
 
@@ -83,3 +88,58 @@ def test_what_is_missing_is_said(root, tmp_path):
     (root / "classes.txt").unlink()
     with pytest.raises(DataError, match=r"classes\.txt can't be read"):
         _open(root)
+
+
+def _encoded(image, kind):
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+def test_a_mask_of_another_format_is_not_even_tried(root, monkeypatch):
+    # Pillow would run Ghostscript for this one
+    monkeypatch.setattr(PIL.EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("it ran"))
+    _write(root)
+    (root / "masks" / "a.png").write_bytes(_encoded(PIL.Image.new("L", (6, 4)), "EPS"))
+    with pytest.raises(BrokenImageError, match=r"a\.png can't be decoded: it is not an image of"):
+        _ = _open(root).examples[0]
+
+
+@pytest.mark.parametrize("place", ["images/a.jpg", "masks/a.png"])
+def test_a_pipe_is_not_waited_for(root, place):
+    _write(root)
+    (root / place).unlink()
+    os.mkfifo(root / place)
+    with pytest.raises(BrokenImageError, match=f"{place} can't be read: it is a pipe"):
+        _ = _open(root).examples[0]
+
+
+def test_class_names_that_cannot_be_read_are_said(root):
+    _write(root)
+    (root / "classes.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match="is not UTF-8"):
+        _open(root)
+    with (root / "classes.txt").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(DataError, match=r"classes\.txt can't be read .it has 1099511627776 bytes"):
+        _open(root)
+    (root / "classes.txt").unlink()
+    os.mkfifo(root / "classes.txt")
+    with pytest.raises(DataError, match=r"classes\.txt can't be read .it is a pipe"):
+        _open(root)
+
+
+def test_a_line_of_pixels_is_replaced_in_training_and_refused_where_it_can_be_only(root):
+    """20,000 x 1 pixels would be resized to gigabytes."""
+    _write(root, "a", size=(20_000, 1), suffix="png")
+    example = _open(root).examples[0]
+    record = {
+        "size": [512, 512],
+        "crop_fraction": 1.0,
+        "interpolation": "bilinear",
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+    }
+    settings = {"scale": (0.5, 2.0), "class_share": 0.75, "flip": True, "photometric": True}
+    with pytest.raises(UnfitImageError, match="20000 x 1 pixels is too long and narrow"):
+        segmentation.train_example(example, np.random.default_rng(0), record, settings)

@@ -412,3 +412,33 @@ def test_workers_end_with_the_program(tmp_path, ending, kill):
     while any(map(_alive, workers)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(map(_alive, workers))
+
+
+class _Line:
+    """One image that is a line of pixels, in a file with a name."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return {"image": np.zeros((1, 60_000, 3), np.uint8), "label": 0}
+
+    def describe(self, index):
+        return "line.png"
+
+
+def test_a_line_of_pixels_is_named():
+    source = sources.Source(_Line(), ("a",), "lines", "train")
+    record = {**_RECORD, "size": [224, 224]}
+    with pytest.raises(sources.BrokenImageError, match=r"line\.png can't be used: An image of 600"):
+        list(loader.eval_batches(source, record=record, batch_size=1, threads=0))
+    batches = loader.train_batches(
+        source,
+        record=record,
+        augment={**_RANDOM, "crop": "resize"},
+        batch_size=1,
+        seed=0,
+        threads=0,
+    )
+    with contextlib.closing(batches), pytest.raises(sources.DataError, match="20 images in a row"):
+        next(batches)

@@ -351,3 +351,94 @@ def test_refusals(name, split, words, data_dir):
     sentence = _refusal(name, split, data_dir)
     for word in words:
         assert word in sentence
+
+
+def _copied(data_dir, tmp_path):
+    shutil.copytree(Path(data_dir) / "small_squares", tmp_path / "small_squares")
+    return tmp_path / "small_squares" / "1.0.0"
+
+
+@pytest.mark.parametrize("file", ["features.json", "dataset_info.json"])
+def test_a_data_set_runs_no_python(data_dir, tmp_path, monkeypatch, file):
+    folder = _copied(data_dir, tmp_path)
+    (tmp_path / "planted.py").write_text("open('trace', 'w').close()\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    features = json.loads((folder / "features.json").read_text())
+    nested = features["featuresDict"]["features"]["label"]
+    nested["pythonClassName"] = "planted.Feature"
+    if file == "features.json":
+        (folder / file).write_text(json.dumps(features))
+    else:
+        info = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps({**info, "features": features}))
+    sentence = _refusal("tfds:small_squares", data_dir=str(tmp_path))
+    assert "a feature of the class 'planted.Feature': only tfds's own classes" in sentence
+    assert not (tmp_path / "trace").exists()
+    assert "planted" not in sys.modules
+
+
+@pytest.mark.parametrize("file", ["features.json", "dataset_info.json"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "list", "pipe", "other fields"])
+def test_a_damaged_description_is_named(data_dir, tmp_path, file, damage):
+    folder = _copied(data_dir, tmp_path)
+    content = (folder / file).read_bytes()
+    (folder / file).unlink()
+    if damage == "pipe":
+        os.mkfifo(folder / file)
+    elif damage != "missing":
+        damaged = {"empty": b"", "cut": content[:-40], "list": b"[]", "other fields": b'{"a": 1}'}
+        (folder / file).write_bytes(damaged[damage])
+    sentence = _refusal("tfds:small_squares", data_dir=str(tmp_path))
+    if damage == "other fields":
+        assert "small_squares" in sentence
+    elif (file, damage) == ("features.json", "missing"):  # then there is no data set
+        assert "was not found" in sentence
+    else:
+        assert str(folder / file) in sentence
+
+
+def test_a_damaged_array_record_is_named(data_dir, tmp_path):
+    folder = _copied(data_dir, tmp_path)
+    (path,) = folder.glob("*-train.array_record*")
+    content = path.read_bytes()
+    rng = np.random.default_rng(0)
+    told = []
+    for _ in range(12):
+        damaged = bytearray(content)
+        for place in rng.integers(len(content), size=20):
+            damaged[place] ^= int(rng.integers(1, 256))
+        path.write_bytes(damaged)
+        try:
+            examples = sources.open_source(
+                "tfds:small_squares", "train", data_dir=str(tmp_path)
+            ).examples
+            for index in range(len(examples)):
+                examples[index]
+        except sources.DataError as error:
+            told.append(str(error))
+    assert all(str(path) in sentence for sentence in told)
+    assert len(told) > 6  # a few only hit what fills up the blocks of the file
+    path.write_bytes(content[: len(content) // 2])
+    assert str(path) in _refusal("tfds:small_squares", data_dir=str(tmp_path))
+
+
+def test_a_record_that_is_no_example_is_named(tfrecord_dir, tmp_path, write_tfrecord):
+    shutil.copytree(tfrecord_dir, tmp_path / "copy")
+    (path,) = (tmp_path / "copy").rglob("*train*-00001-of-*")
+    write_tfrecord(path, [b"\xff" * 40] * 5)  # with checksums that are right
+    examples = sources.open_source(
+        "tfds:small_squares", "train", data_dir=str(tmp_path / "copy")
+    ).examples
+    examples[14]
+    with pytest.raises(sources.DataError) as refused:
+        examples[15]
+    assert f"{path} is damaged: the record of Image 15 of" in str(refused.value)
+
+
+def test_an_image_that_is_a_line_is_refused_before_it_is_decoded(tmp_path):
+    path = tmp_path / "line.png"
+    PIL.Image.new("1", (1, 110_000)).save(path)
+    sentence = f"{path} can't be used: An image of 1 x 110000 pixels is too long and narrow"
+    with pytest.raises(sources.BrokenImageError, match=re.escape(sentence)):
+        sources.decode(path, str(path))

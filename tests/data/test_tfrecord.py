@@ -122,3 +122,13 @@ def test_a_missing_file_is_named(files):
     for cache in (None, files / "cache"):
         with pytest.raises(DataError, match=r"2 can't be read: No such file or directory\."):
             _open(files, cache=cache)
+
+
+def test_a_record_beyond_measure_is_not_read(tmp_path):
+    path = tmp_path / "file"
+    length = (2**40).to_bytes(8, "little")
+    with path.open("wb") as file:
+        file.write(length + masked_crc(length).to_bytes(4, "little"))
+        file.truncate(2**40 + 16)  # a hole: takes no space
+    with pytest.raises(DataError, match=r"record at byte 0 has 1099511627776 bytes, and a record"):
+        read_offsets(path)

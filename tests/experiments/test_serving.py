@@ -14,6 +14,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from vvt_jax.data import sources
 from vvt_jax.data.sources import open_source
 
 uvicorn = pytest.importorskip("uvicorn")
@@ -47,7 +48,17 @@ class _Page:
 
 def _serve(app):
     """A server in a thread, and what ends it."""
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", lifespan="off")
+    from experiments.serving.app import server_config
+
+    config = server_config(
+        app,
+        header_seconds=1.0,
+        most_connections=40,
+        host="127.0.0.1",
+        port=0,
+        log_level="error",
+        lifespan="off",
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -187,6 +198,84 @@ def test_a_request_that_never_ends_is_given_up(page):
     head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nabc"
     refused = page.send(head)
     assert refused == (408, {"error": "The image took too long to arrive."})
+
+
+def _closed(connection):
+    """Whether the server closes it within three seconds; what it sends before is let pass."""
+    connection.settimeout(3)
+    try:
+        while connection.recv(2**16):
+            pass
+    except TimeoutError:
+        return False
+    except ConnectionError:
+        return True
+    return True
+
+
+def test_headers_that_never_end_are_given_up(page):
+    starts = [b"", b"GET", b"POST /predict HTTP/1.1\r\nHost: x\r\n"]
+    answered = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        connections = []
+        for start in (*starts, answered):
+            connection = socket.create_connection((page.host, page.port))
+            connections.append(stack.enter_context(connection))
+            connection.sendall(start)
+        connections[-1].recv(1)
+        connections[-1].sendall(b"GET / HT")  # the next request of the same connection
+        assert [_closed(connection) for connection in connections] == [True] * 4
+
+
+def test_connections_are_limited(page):
+    with contextlib.ExitStack() as stack:
+        for _ in range(39):
+            stack.enter_context(socket.create_connection((page.host, page.port)))
+        last = stack.enter_context(socket.create_connection((page.host, page.port)))
+        more = stack.enter_context(socket.create_connection((page.host, page.port)))
+        assert b" 503 " in more.recv(100)
+        last.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert b" 200 " in last.recv(100)
+
+
+def test_idle_uploads_lock_nobody_out(page, digit):
+    content, _ = digit
+    head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nabc"
+    with contextlib.ExitStack() as stack:
+        for _ in range(20):
+            idle = stack.enter_context(socket.create_connection((page.host, page.port)))
+            idle.sendall(head)
+        assert page.request("POST", "/predict", content)[0] == 200
+
+
+def test_a_small_image_goes_past_a_large_one(page, digit, monkeypatch):
+    content, _ = digit
+    large = _png(PIL.Image.new("1", (2_100, 2_100)))
+    assert len(large) < MOST_BYTES
+    begun, end = threading.Event(), threading.Event()
+    decode = sources.decode
+
+    def slow_decode(file, *arguments, **options):
+        image = decode(file, *arguments, **options)
+        if image.width == 2_100:
+            begun.set()
+            assert end.wait(60)
+        return image
+
+    monkeypatch.setattr(sources, "decode", slow_decode)
+    answers = []
+    ask = threading.Thread(
+        target=lambda: answers.append(page.request("POST", "/predict", large)[0])
+    )
+    ask.start()
+    try:
+        assert begun.wait(60)
+        assert page.request("POST", "/predict", content)[0] == 200
+        assert not answers
+    finally:
+        end.set()
+        ask.join()
+    assert answers == [200]
 
 
 def test_it_goes_on_after_all_that(page, digit):

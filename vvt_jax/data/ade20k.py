@@ -7,6 +7,7 @@ It needs no TensorFlow.
 
 import io
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,12 +16,17 @@ import numpy as np
 import PIL.Image
 import tensorflow_datasets as tfds
 
+from vvt_jax import storage
+from vvt_jax.data.folder_segmentation import MASK_FORMATS
 from vvt_jax.data.segmentation import IGNORED
-from vvt_jax.data.sources import DataError
+from vvt_jax.data.sources import DataError, check_sides
+from vvt_jax.storage import SizeLimit
 
 NAME = "ade20k"
 URL = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
 _ROOT = "ADEChallengeData2016"
+# What zipfile and zlib raise over a file that is damaged
+_ZIP_ERRORS = (zipfile.BadZipFile, EOFError, ValueError, RuntimeError, zlib.error)
 _NAMES = "objectInfo150.txt"  # a heading, then index, ratio, train, val and name, parted by tabs
 
 
@@ -42,8 +48,11 @@ class Files:
                     "where it lies with --manual_dir."
                 )
             try:
+                storage.open_file(archive, None).close()  # zipfile would wait for a pipe
                 self._archive = zipfile.ZipFile(archive)
-            except (OSError, zipfile.BadZipFile) as error:
+            except OSError as error:
+                raise DataError(f"{archive} can't be read: {error.strerror}.") from error
+            except _ZIP_ERRORS as error:
                 raise DataError(f"{archive} can't be read: {error}.") from error
         self.told = str(archive if self._archive else self._folder)
 
@@ -51,9 +60,14 @@ class Files:
         """The content of a file, such as `images/training/ADE_train_00000001.jpg`."""
         try:
             if self._archive:
-                return self._archive.read(f"{_ROOT}/{name}")
-            return (self._folder / name).read_bytes()
-        except (KeyError, OSError, zipfile.BadZipFile) as error:
+                entry = self._archive.getinfo(f"{_ROOT}/{name}")
+                with self._archive.open(entry) as file:
+                    content = file.read(SizeLimit.IMAGE + 1)  # it may unpack to more than it says
+                if len(content) > SizeLimit.IMAGE:
+                    raise DataError(f"{name} in {self.told} is far too large.")
+                return content
+            return storage.read_bytes(self._folder / name, SizeLimit.IMAGE)
+        except (KeyError, OSError, *_ZIP_ERRORS) as error:
             raise DataError(f"{self.told} has no readable {name}.") from error
 
     def stems(self, folder: str, suffix: str) -> list[str]:
@@ -69,7 +83,11 @@ class Files:
 def class_names(files: Files) -> list[str]:
     """The first word for each of the classes, in the order of their numbers; of two classes that
     share it, the second has the next ones too."""
-    rows = [line.split("\t") for line in files.read(_NAMES).decode().splitlines()[1:] if line]
+    try:
+        lines = files.read(_NAMES).decode().splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{_NAMES} in {files.told} is not UTF-8 text.") from error
+    rows = [line.split("\t") for line in lines[1:] if line]
     if [row[0] for row in rows] != [str(i + 1) for i in range(len(rows))] or not rows:
         raise DataError(f"{_NAMES} in {files.told} does not number its classes from 1 on.")
     names: list[str] = []
@@ -127,10 +145,17 @@ class Ade20k(tfds.core.GeneratorBasedBuilder):
 
     def _reduced(self, name: str) -> io.BytesIO:
         """A mask with classes from 0 on and `IGNORED` for none of them."""
-        with PIL.Image.open(io.BytesIO(self._files.read(name))) as image:
-            mask = np.array(image)
+        told = f"{name} in {self._files.told}"
+        try:
+            with PIL.Image.open(io.BytesIO(self._files.read(name)), formats=MASK_FORMATS) as image:
+                check_sides(image, told)
+                mask = np.array(image)
+        except DataError:
+            raise
+        except Exception as error:  # Pillow's decoders raise whatever they stumble over
+            raise DataError(f"{told} can't be decoded as a PNG file.") from error
         if mask.ndim != 2 or mask.max(initial=0) > len(self._names):
-            raise DataError(f"{name} in {self._files.told} is no mask of these classes.")
+            raise DataError(f"{told} is not a mask of these classes.")
         reduced = np.where(mask == 0, IGNORED, mask - 1).astype(np.uint8)
         file = io.BytesIO()
         PIL.Image.fromarray(reduced).save(file, "PNG")

@@ -16,8 +16,11 @@ import PIL.Image
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import registered
 
+from vvt_jax import storage
 from vvt_jax.data.sources import DataError
+from vvt_jax.storage import SizeLimit
 
+_LARGEST = 2**26  # bytes of an unpacked file; the largest has 47,040,016
 # Where Debian's package dataset-fashion-mnist puts them.
 PACKAGED = Path("/usr/share/datasets/fashion-mnist")
 CLASS_NAMES = (
@@ -41,9 +44,11 @@ def read_idx(folder: Path, name: str) -> np.ndarray:
     """
     try:
         try:
-            content = gzip.decompress((folder / f"{name}.gz").read_bytes())
+            packed = storage.open_file(folder / f"{name}.gz", SizeLimit.ARRAYS)
+            with packed, gzip.open(packed) as file:
+                content = file.read(_LARGEST)  # a short file may unpack to any length
         except FileNotFoundError:
-            content = (folder / name).read_bytes()
+            content = storage.read_bytes(folder / name, SizeLimit.ARRAYS)
     except FileNotFoundError as error:
         raise DataError(
             f"{folder} has neither {name}.gz nor {name}: install Debian's package "

@@ -28,13 +28,13 @@ class _FolderExamples:
     def __len__(self) -> int:
         return len(self._labels)
 
+    def describe(self, index: int) -> str:
+        """The image's file."""
+        return str(self._paths[index])
+
     def __getitem__(self, index: int) -> dict[str, Any]:
-        path = str(self._paths[index])
-        try:
-            file = storage.fetched(path)
-        except OSError as error:
-            raise DataError(f"{path} can't be read: {error.strerror}.") from error
-        image = sources.decode(file, path, upright=True)
+        path = self.describe(index)
+        image = sources.decode(path, path, upright=True)
         return {"image": image, "label": int(self._labels[index])}
 
 

@@ -5,6 +5,8 @@ palette, as VOC's: each pixel is the number of its class, 255 is ignored). `clas
 source's folder, has the name of each class on a line, from number 0 on.
 """
 
+import contextlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ from vvt_jax import storage
 from vvt_jax.data import folder, sources
 from vvt_jax.data.segmentation import IGNORED
 from vvt_jax.data.sources import BrokenImageError, DataError
+from vvt_jax.storage import SizeLimit
 
 CLASSES, IMAGES, MASKS = "classes.txt", "images", "masks"
+MASK_FORMATS = ("PNG",)  # Pillow knows others, and runs a program for one of them
 
 
 class _PairExamples:
@@ -28,6 +32,10 @@ class _PairExamples:
 
     def __len__(self) -> int:
         return len(self._paths)
+
+    def describe(self, index: int) -> str:
+        """The image's file."""
+        return str(self._paths[index][0])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         image_path, mask_path = (str(path) for path in self._paths[index])
@@ -53,10 +61,16 @@ def decode_mask(file: Any, told: str, num_classes: int) -> np.ndarray:
         BrokenImageError: it can't be decoded, has several channels or numbers that are no class.
     """
     try:
-        with PIL.Image.open(file) as image:
+        with contextlib.ExitStack() as stack:
+            if isinstance(file, str | os.PathLike):
+                file = stack.enter_context(sources.open_image(file, SizeLimit.MASK))
+            image = stack.enter_context(PIL.Image.open(file, formats=MASK_FORMATS))
+            sources.check_sides(image, told)
             mode, mask = image.mode, np.array(image)
+    except DataError:
+        raise
     except Exception as error:  # Pillow's decoders raise whatever they stumble over
-        reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+        reason = sources.why_broken(error, MASK_FORMATS)
         raise BrokenImageError(f"{told} can't be decoded: {reason}.") from error
     if mode not in ("L", "P", "1"):
         raise BrokenImageError(
@@ -86,7 +100,9 @@ def open_folder_segmentation(split: str, data_dir: str | None) -> sources.Source
     if name not in places:
         raise DataError(f"{root} has no split {name!r}: it has {', '.join(places)}.")
     try:
-        lines = (root / CLASSES).read_text(encoding="utf-8").splitlines()
+        lines = storage.read_text(root / CLASSES, SizeLimit.LABELS).splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{root / CLASSES} can't be read: it is not UTF-8 text.") from error
     except OSError as error:
         raise DataError(
             f"{root / CLASSES} can't be read ({error.strerror}): it has the name of each class on "

@@ -13,7 +13,9 @@ from typing import Any
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
+from vvt_jax import storage
 from vvt_jax.data.sources import DataError
+from vvt_jax.storage import SizeLimit
 
 NAME, VERSION = "imagenet2012", "5.1.0"
 _TRAIN, _VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -43,8 +45,12 @@ class Images:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         member = self._members[index]
-        with open(self._archive, "rb") as file:
-            content = os.pread(file.fileno(), member.size, member.start)
+        if member.size > SizeLimit.IMAGE:
+            raise DataError(f"{self._archive} is damaged: {member.name} has {member.size} bytes.")
+        try:
+            content = storage.read_range(self._archive, member.start, member.start + member.size)
+        except OSError as error:
+            raise DataError(f"{self._archive} can't be read: {error.strerror}.") from error
         if len(content) < member.size:
             raise DataError(f"{self._archive} is truncated: {member.name} is not all there.")
         return {"image": content, "label": member.label, "file_name": member.name}
@@ -108,7 +114,7 @@ def _index_validation(path: Path) -> list[_Member]:
 def _members(path: Path, inside: _Member | None = None) -> list[_Member]:
     """The files of an archive, sorted by name, or of one that is a member of it."""
     try:
-        with open(path, "rb") as file:
+        with storage.open_file(path, None) as file:
             whole = file if inside is None else _Window(file, inside.start, inside.size)
             with tarfile.open(fileobj=whole, mode="r:") as archive:  # type: ignore[call-overload]
                 found = [
@@ -116,7 +122,7 @@ def _members(path: Path, inside: _Member | None = None) -> list[_Member]:
                     for m in archive
                     if m.isfile()
                 ]
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
         told = path if inside is None else f"{inside.name} in {path}"
         raise DataError(f"{told} is damaged, or no tar archive: {error}.") from error
     return sorted(found, key=lambda member: member.name)

@@ -30,7 +30,8 @@ from absl import flags
 
 from vvt_jax.data import augment as augment_lib
 from vvt_jax.data import preprocess
-from vvt_jax.data.sources import BrokenImageError, DataError, Examples, Source
+from vvt_jax.data.preprocess import UnfitImageError
+from vvt_jax.data.sources import BrokenImageError, DataError, Examples, Source, describe
 
 Batch = dict[str, np.ndarray]
 _SUBSTITUTES = 20  # broken images in a row after which it is no accident
@@ -213,12 +214,12 @@ def _train_example(
     broken = -1
     for _ in range(_SUBSTITUTES):
         try:
-            example = examples[index]
-        except BrokenImageError:
+            example = prepare(examples[index], rng, record, augment)
+        except (BrokenImageError, UnfitImageError):
             broken = index if broken < 0 else broken
             index = int(rng.integers(len(examples)))
             continue
-        return {**prepare(example, rng, record, augment), "broken": np.int32(broken)}
+        return {**example, "broken": np.int32(broken)}
     raise DataError(f"{_SUBSTITUTES} images in a row can't be decoded: is this data set damaged?")
 
 
@@ -280,7 +281,10 @@ def _why_broken(source: Source, index: int) -> str:
         source.examples[index]
     except BrokenImageError as error:
         return str(error)
-    return f"example {index} of {source.name!r}, which can be read now."
+    return (
+        f"{describe(source.examples, index)} can be read now, so it is either too long and narrow "
+        "for the model's input, or its file has changed."
+    )
 
 
 def _eval_example(index: int, examples: Examples, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -290,7 +294,10 @@ def _eval_example(index: int, examples: Examples, record: Mapping[str, Any]) -> 
     if padding:
         black = np.zeros((*record["size"], 3), np.uint8)
         return {"image": black, "label": np.zeros_like(label), "mask": np.False_}
-    image = preprocess.eval_image(example["image"], record)
+    try:
+        image = preprocess.eval_image(example["image"], record)
+    except UnfitImageError as error:
+        raise BrokenImageError(f"{describe(examples, index)} can't be used: {error}") from error
     return {"image": image, "label": label, "mask": np.True_}
 
 

@@ -1,8 +1,12 @@
 """Data sets that TensorFlow Datasets prepared, as array_record or TFRecord, without TensorFlow."""
 
+import contextlib
 import io
+import json
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +17,10 @@ from vvt_jax.data.folder_segmentation import decode_mask
 from vvt_jax.data.imagenet import readable_class_names
 from vvt_jax.data.sources import DataError
 from vvt_jax.data.tfrecord import TFRecords
-from vvt_jax.storage import AnyPath
+from vvt_jax.storage import AnyPath, SizeLimit
+
+_OWN_FEATURES = "tensorflow_datasets.core.features."
+_IMPORT_LOCK = threading.Lock()  # while tfds looks up classes of features under it
 
 
 class _PreparedExamples:
@@ -23,8 +30,18 @@ class _PreparedExamples:
     (they decode JPEG differently), and leaves a grey file in an RGB data set without channels.
     """
 
-    def __init__(self, records: Sequence[bytes], features: Any, label: str, told: str):
+    def __init__(
+        self,
+        records: Sequence[bytes],
+        parts: Sequence[tuple[str, int]],
+        features: Any,
+        label: str,
+        told: str,
+    ):
+        """`parts` has each file's path and how many of the records are from it, in their order."""
         self._records = records
+        self._files = [path for path, _ in parts]
+        self._ends = np.cumsum([count for _, count in parts])
         self._features = features
         self._label = label
         self._told = told
@@ -37,14 +54,30 @@ class _PreparedExamples:
         """The example with its image as it lies in the record."""
         import tensorflow_datasets as tfds
 
-        return self._features.deserialize_example_np(
-            self._records[index],
-            decoders={key: tfds.decode.SkipDecoding() for key in self._decoders},
-        )
+        decoders = {key: tfds.decode.SkipDecoding() for key in self._decoders}
+        try:
+            record = self._records[index]
+            example = self._features.deserialize_example_np(record, decoders=decoders)
+            for key, value in example.items():
+                if value is None or (key in self._decoders and not isinstance(value, bytes)):
+                    raise ValueError(f"the feature {key!r} is missing")
+            return example
+        except DataError:
+            raise
+        except Exception as error:  # of array_record, protobuf and tfds, which have many kinds
+            file = self._files[int(np.searchsorted(self._ends, index, side="right"))]
+            raise DataError(
+                f"{file} is damaged: the record of {self.describe(index)} can't be read "
+                f"({_reason(error)}); copy or prepare the file again."
+            ) from error
+
+    def describe(self, index: int) -> str:
+        """The number and the data set; only the example itself knows its file's name."""
+        return f"Image {index} of {self._told}"
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         example = self.encoded(index)
-        told = f"Image {index} of {self._told}"
+        told = self.describe(index)
         if "file_name" in example:
             told += f" ({bytes(example['file_name']).decode(errors='replace')})"
         if "segmentation" in self._features:
@@ -73,7 +106,7 @@ def open_prepared(
     """
     import tensorflow_datasets as tfds
 
-    builder = _builder(name, data_dir)
+    builder = open_builder(name, data_dir)
     info = builder.info
     formats = {file_format.value for file_format in info.available_file_formats()}
     if not formats & {"array_record", "tfrecord"}:
@@ -97,33 +130,39 @@ def open_prepared(
                 f"{name!r} has no feature {key!r} of type {wanted.__name__}, only "
                 f"{', '.join(features) or 'unnamed ones'}."
             )
+    if "array_record" in formats and str(info.data_dir).startswith("s3://"):
+        raise DataError(
+            f"{name!r} in {info.data_dir} is array_record, which is read from folders and gs:// "
+            "only: copy it there, or give a copy in TFRecord."
+        )
     try:
-        if "array_record" in formats:
-            if str(info.data_dir).startswith("s3://"):
-                raise DataError(
-                    f"{name!r} in {info.data_dir} is array_record, which is read from folders and "
-                    "gs:// only: copy it there, or give a copy in TFRecord."
-                )
-            records = builder.as_data_source(
-                split,
-                deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
-                file_format="array_record",
-            )
-        else:
-            parts = info.splits[split].file_instructions
-    except (KeyError, ValueError) as error:
+        parts = info.splits[split].file_instructions
+    except Exception as error:  # tfds's own, and whatever a damaged description brings about
+        if split in info.splits:
+            raise DataError(
+                f"The description of {name!r} in {info.data_dir} is damaged ({_reason(error)}): "
+                "copy or prepare the data again."
+            ) from error
         raise DataError(
             f"{name!r} has no split {split!r}: it has {', '.join(info.splits)}, and parts of them "
             "like 'train[:90%]'."
         ) from error
-    if "array_record" not in formats:
+    if "array_record" in formats:
+        records = _open_array_records(builder, split, [str(p.filename) for p in parts])
+    else:
         records = TFRecords(
             [(str(p.filename), p.skip, p.take, p.examples_in_shard) for p in parts], cache_dir
+        )
+    counts = [(str(p.filename), p.take) for p in parts]
+    if len(records) != sum(count for _, count in counts):
+        raise DataError(
+            f"{name!r} in {info.data_dir} has {len(records)} records in split {split!r} where its "
+            f"description has {sum(count for _, count in counts)}: copy or prepare it again."
         )
     used = tfds.features.FeaturesDict(
         {key: features[key] for key in ("image", label, "file_name") if key in features}
     )
-    examples = _PreparedExamples(records, used, label, f"{name!r}, split {split!r}")
+    examples = _PreparedExamples(records, counts, used, label, f"{name!r}, split {split!r}")
     # tfds gives the examples of an unlabelled test split the label -1.
     if not pixels and len(examples) and np.any(np.asarray(examples.encoded(0)[label]) < 0):
         raise DataError(f"The examples of {name!r}, split {split!r}, have no labels.")
@@ -131,11 +170,45 @@ def open_prepared(
     return sources.Source(examples, names, name, split, pixels=pixels)
 
 
-def _builder(name: str, data_dir: str | None) -> Any:
+def _open_array_records(builder: Any, split: str, files: Sequence[str]) -> Sequence[bytes]:
+    """The records of a split; DataError names the file that can't be opened."""
+    import tensorflow_datasets as tfds
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    try:
+        return builder.as_data_source(
+            split,
+            deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
+            file_format="array_record",
+        )
+    except Exception as error:  # its errors are of many kinds and often don't name the file
+        for file in files:
+            try:
+                ArrayRecordReader(file).close()
+            except Exception as reason:
+                raise DataError(
+                    f"{file} is damaged or missing ({_reason(reason)}): copy or prepare it again."
+                ) from error
+        raise DataError(
+            f"The files of {builder.info.data_dir} can't be read ({_reason(error)}): copy or "
+            "prepare them again."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip().partition("\n")[0]
+    return ascii(text)[1:-1][:200].rstrip(".") or type(error).__name__
+
+
+def open_builder(name: str, data_dir: str | None) -> Any:
     """The read-only builder of a prepared data set, from its files alone.
 
     `tfds.builder` would run the data set's own code, if registered, and then take data that was
     never prepared for data in TFRecord files.
+
+    Raises:
+        DataError: it is not there, or the files that describe it are damaged, or name classes that
+            are not tfds's own.
     """
     from tensorflow_datasets.core import read_only_builder, registered
     from tensorflow_datasets.core.utils import file_utils
@@ -143,14 +216,85 @@ def _builder(name: str, data_dir: str | None) -> Any:
     tfds_name = name.removeprefix("tfds:")
     if data_dir is not None:
         data_dir = os.fspath(storage.locate(data_dir).expanduser())
+    places = [str(place) for place in file_utils.list_data_dirs(given_data_dir=data_dir)]
+    folders = [
+        Path(place, tfds_name.partition(":")[0].partition("/")[0])
+        for place in places
+        if not storage.is_remote(place)
+    ]
     try:
-        return read_only_builder.builder_from_files(tfds_name, data_dir=data_dir)
+        _check_files(folders)
+        with _own_feature_classes_only():
+            return read_only_builder.builder_from_files(tfds_name, data_dir=data_dir)
+    except DataError:
+        raise
     except registered.DatasetNotFoundError as error:
-        places = [str(place) for place in file_utils.list_data_dirs(given_data_dir=data_dir)]
         raise DataError(
             f"The data set {name!r} was not found in {' or '.join(places)}: prepare it with "
             f"`python -m vvt_jax.prepare {tfds_name} --data_dir={places[0]}`."
         ) from error
-    except ValueError as error:  # A name that is none, or data in several places.
-        reason = str(error).partition("\n")[0].rstrip(".")
-        raise DataError(f"The data set {name!r} can't be opened: {reason}.") from error
+    except Exception as error:  # a name that is none, data in several places, or damaged files
+        _check_json(folders)
+        raise DataError(f"The data set {name!r} can't be opened: {_reason(error)}.") from error
+
+
+def _check_files(folders: Iterable[Path]) -> None:
+    """Refuses a data set with a file that can't be meant: tfds would wait for a pipe for ever."""
+    for path in _files_below(folders):
+        described = path.suffix in (".json", ".txt")
+        try:
+            storage.open_file(path, SizeLimit.DESCRIPTION if described else None).close()
+        except OSError as error:
+            raise DataError(f"{path} can't be read: {error.strerror}.") from error
+
+
+def _check_json(folders: Iterable[Path]) -> None:
+    """Names the first file that describes a data set and is missing or damaged."""
+    for path in _files_below(folders):
+        if path.name == "features.json" and not path.with_name("dataset_info.json").exists():
+            raise DataError(
+                f"{path.with_name('dataset_info.json')} is missing: copy or prepare the data again."
+            )
+        if path.suffix == ".json":
+            try:
+                content = json.loads(storage.read_text(path, SizeLimit.DESCRIPTION))
+                if not isinstance(content, dict):
+                    raise ValueError("it is not a JSON object")
+            except (ValueError, RecursionError) as error:
+                raise DataError(
+                    f"{path} is damaged ({_reason(error)}): copy or prepare the data again."
+                ) from error
+
+
+def _files_below(folders: Iterable[Path]) -> Iterator[Path]:
+    for folder in folders:
+        for place, _, names in os.walk(folder):
+            yield from (Path(place, name) for name in sorted(names))
+
+
+@contextlib.contextmanager
+def _own_feature_classes_only() -> Iterator[None]:
+    """Lets tfds make features of its own classes only. It would import any module that the files of
+    a data set name, which runs a Python file of the working folder."""
+    from tensorflow_datasets.core.features import feature
+
+    connector = feature.FeatureConnector
+    with _IMPORT_LOCK:
+        original = connector.__dict__["cls_from_name"]
+
+        def cls_from_name(cls: type, python_class_name: str) -> type:
+            if not python_class_name:
+                raise ValueError("a feature has no class")
+            if not python_class_name.startswith(_OWN_FEATURES):
+                raise DataError(
+                    f"The data set has a feature of the class {ascii(python_class_name)[:100]}: "
+                    "only tfds's own classes are allowed, since another one would run code that "
+                    "comes with the data."
+                )
+            return original.__func__(cls, python_class_name)
+
+        connector.cls_from_name = classmethod(cls_from_name)
+        try:
+            yield
+        finally:
+            connector.cls_from_name = original

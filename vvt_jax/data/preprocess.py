@@ -11,17 +11,46 @@ A *preprocessing record* is a plain dict that is stored with a model's weights:
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import PIL.Image
 
+from vvt_jax.errors import UserError
+
 INTERPOLATIONS: dict[str, PIL.Image.Resampling] = {
     method.name.lower(): method for method in PIL.Image.Resampling
 }
-_LARGEST_RESIZED = 2**27  # pixels; a line of pixels would become gigabytes
+_LARGEST_RESIZED = 2**25  # pixels; a line of pixels would become gigabytes
+_LARGEST_WHERE_ASKED_FOR = 2**27  # pixels, where the model's input itself is large
+_LARGEST_SIDE = 2**14  # pixels
+_LONGEST_COVER = 2**15  # pixels
+_SMALLEST_STD, _LARGEST_STD = 1e-3, 10
 _FIELDS = ("size", "crop_fraction", "interpolation", "mean", "std")
+
+
+class UnfitImageError(UserError):
+    """An image that the model's input can't be made of, whatever its file."""
+
+
+def check_resized(image: PIL.Image.Image, size: tuple[int, int], asked: int) -> None:
+    """Refuses an image so long and narrow that its resized form would take gigabytes.
+
+    Args:
+        image: the image.
+        size: (width, height) that it would be resized to.
+        asked: pixels that the model's input has of it; up to eight times as many are granted.
+
+    Raises:
+        UnfitImageError: it would.
+    """
+    most = min(_LARGEST_WHERE_ASKED_FOR, max(_LARGEST_RESIZED, 8 * asked))
+    if size[0] * size[1] > most:
+        raise UnfitImageError(
+            f"An image of {image.width} x {image.height} pixels is too long and narrow: it would "
+            f"be resized to {size[0]} x {size[1]}."
+        )
 
 
 def check_record(record: Mapping[str, Any]) -> None:
@@ -30,33 +59,59 @@ def check_record(record: Mapping[str, Any]) -> None:
     Raises:
         ValueError: a field is missing, unknown or out of range; one sentence says which.
     """
+    if not isinstance(record, Mapping):
+        raise ValueError(f"A preprocessing record must be a dict, not {type(record).__name__}.")
     if set(record) != set(_FIELDS):
         raise ValueError(
             f"A preprocessing record has the fields {', '.join(_FIELDS)}, "
             f"not {', '.join(map(str, record))}."
         )
     size = record["size"]
-    if len(size) != 2 or any(int(side) != side or side < 1 for side in size):
+    if not _is_list(size) or len(size) != 2 or not all(map(_is_side, size)):
         raise ValueError(f"`size` must be [height, width] in whole pixels, not {size}.")
-    if not 0 < record["crop_fraction"] <= 1:
+    if max(size) > _LARGEST_SIDE:
+        raise ValueError(f"`size` is above {_LARGEST_SIDE} pixels: {size}.")
+    crop_fraction = record["crop_fraction"]
+    if not _is_number(crop_fraction) or not 0 < crop_fraction <= 1:
+        raise ValueError(f"`crop_fraction` must be above 0 and at most 1, not {crop_fraction}.")
+    if max(size) > _LONGEST_COVER * crop_fraction:
         raise ValueError(
-            f"`crop_fraction` must be above 0 and at most 1, not {record['crop_fraction']}."
+            f"`crop_fraction` {crop_fraction} is too small for `size` {list(size)}: images would "
+            f"be resized to more than {_LONGEST_COVER} pixels a side."
         )
     resampling(record["interpolation"])
     for field in ("mean", "std"):
-        if len(record[field]) != 3 or not all(map(_is_finite, record[field])):
-            raise ValueError(f"`{field}` must have three numbers, not {record[field]}.")
-    if min(record["std"]) <= 0:
-        raise ValueError(f"`std` must be above 0, not {record['std']}.")
+        values = record[field]
+        if not _is_list(values) or len(values) != 3 or not all(map(_is_number, values)):
+            raise ValueError(f"`{field}` must have three numbers, not {values}.")
+    if not all(0 <= value <= 1 for value in record["mean"]):
+        raise ValueError(
+            f"`mean` must be from 0 to 1, as pixels divided by 255 are, not {record['mean']}."
+        )
+    if not all(_SMALLEST_STD <= value <= _LARGEST_STD for value in record["std"]):
+        raise ValueError(
+            f"`std` must be from {_SMALLEST_STD} to {_LARGEST_STD}, of pixels divided by 255, not "
+            f"{record['std']}."
+        )
 
 
-def _is_finite(value: object) -> bool:
-    return isinstance(value, numbers.Real) and math.isfinite(float(value))
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _is_side(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) > 0
+
+
+def _is_number(value: object) -> bool:
+    # Compared and not converted: a whole number may be larger than any float
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return real and -math.inf < value < math.inf  # type: ignore[operator]
 
 
 def resampling(interpolation: str) -> PIL.Image.Resampling:
     """Pillow's method of that name; ValueError names the known ones."""
-    if interpolation not in INTERPOLATIONS:
+    if not isinstance(interpolation, str) or interpolation not in INTERPOLATIONS:
         raise ValueError(
             f"Unknown interpolation {interpolation!r}: it must be one of "
             f"{', '.join(INTERPOLATIONS)}."
@@ -117,8 +172,9 @@ def eval_image(image: PIL.Image.Image | np.ndarray, record: Mapping[str, Any]) -
         uint8 `[height, width, 3]` of the record's size.
 
     Raises:
-        ValueError: the record, or an image so long and narrow that covering the size needs more
-            than 2^27 pixels.
+        ValueError: the record.
+        UnfitImageError: an image so long and narrow that covering the size needs more than 2^25
+            pixels, or eight times the size.
     """
     check_record(record)
     rgb = to_rgb(image)
@@ -131,11 +187,7 @@ def eval_image(image: PIL.Image.Image | np.ndarray, record: Mapping[str, Any]) -
         resized = (whole(rgb.width * cover_height / rgb.height), cover_height)
     else:
         resized = (cover_width, whole(rgb.height * cover_width / rgb.width))
-    if resized[0] * resized[1] > _LARGEST_RESIZED:
-        raise ValueError(
-            f"An image of {rgb.width} x {rgb.height} pixels is too long and narrow for an input of "
-            f"{width} x {height}."
-        )
+    check_resized(rgb, resized, cover_height * cover_width)
     rgb = rgb.resize(resized, resampling(record["interpolation"]))
     left = round((rgb.width - width) / 2)
     top = round((rgb.height - height) / 2)

@@ -49,11 +49,15 @@ def train_example(
 
     Returns:
         `image`, uint8 `[height, width, 3]`, and `segmentation`, uint8 `[height, width]`.
+
+    Raises:
+        UnfitImageError: an image so long and narrow that its resized form would take gigabytes.
     """
     image, mask = preprocess.to_rgb(example["image"]), PIL.Image.fromarray(example["label"])
     height, width = record["size"]
     ratio = min(height, width) * rng.uniform(*augment["scale"]) / min(image.size)
     size = (max(1, round(image.width * ratio)), max(1, round(image.height * ratio)))
+    preprocess.check_resized(image, size, min(size) ** 2)
     image = image.resize(size, preprocess.resampling(record["interpolation"]))
     mask = mask.resize(size, PIL.Image.Resampling.NEAREST)
     box = _crop_box(np.asarray(mask), rng, (height, width), augment["class_share"])

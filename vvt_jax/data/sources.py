@@ -4,9 +4,11 @@ A further kind of source is one function that `open_source` calls; the loader ne
 `Source`.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
+from collections.abc import Sequence
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
@@ -17,8 +19,11 @@ import PIL.ImageOps
 from vvt_jax import storage
 from vvt_jax.data import preprocess
 from vvt_jax.errors import UserError
+from vvt_jax.storage import SizeLimit
 
-_FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow knows others, and runs a program for one of them
+FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow knows others, and runs a program for one of them
+
+_LONGEST_SIDE = 2**16 - 1  # pixels; JPEG has no longer one
 
 
 class DataError(UserError):
@@ -35,6 +40,12 @@ class Examples(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> dict[str, Any]: ...
+
+
+def describe(examples: Examples, index: int) -> str:
+    """How to name an example: its file, if the source knows it."""
+    method = getattr(examples, "describe", None)
+    return method(index) if method else f"Image {index}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,13 +148,56 @@ def decode(
         BrokenImageError: it can't be decoded.
     """
     try:
-        with PIL.Image.open(file, formats=_FORMATS) as image:
+        with contextlib.ExitStack() as stack:
+            if isinstance(file, str | os.PathLike):
+                file = stack.enter_context(open_image(file, SizeLimit.IMAGE))
+            image = stack.enter_context(PIL.Image.open(file, formats=FORMATS))
+            check_sides(image, told)
             image.load()
             turned = upright and image.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1
             return preprocess.to_rgb(PIL.ImageOps.exif_transpose(image) if turned else image)
+    except DataError:
+        raise
     except Exception as error:  # Pillow's decoders raise whatever they stumble over
-        reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
-        raise BrokenImageError(f"{told} can't be decoded: {reason}.") from error
+        raise BrokenImageError(f"{told} can't be decoded: {why_broken(error, FORMATS)}.") from error
+
+
+def why_broken(error: Exception, formats: Sequence[str]) -> str:
+    """What Pillow's error says of an image, without the address of an object."""
+    if isinstance(error, PIL.UnidentifiedImageError):
+        *others, last = formats
+        listed = f"{', '.join(others)} or {last}" if others else last
+        return f"it is not an image of the format {listed}"
+    reason = str(error).partition("\n")[0].rstrip(".")
+    return ascii(reason)[1:-1][:200] if reason else type(error).__name__
+
+
+def open_image(path: str | os.PathLike, limit: SizeLimit) -> BinaryIO:
+    """The file of an image or a mask.
+
+    Raises:
+        BrokenImageError: it can't be read.
+        DataError: nor can an object store's, which may well answer later.
+    """
+    try:
+        return storage.open_file(path, limit)
+    except OSError as error:
+        kind = DataError if storage.is_remote(path) else BrokenImageError
+        raise kind(f"{os.fspath(path)} can't be read: {error.strerror}.") from error
+
+
+def check_sides(image: PIL.Image.Image, told: str) -> None:
+    """Refuses an image before it is decoded, if it is a line of a length that no camera makes: each
+    row of it takes memory, whatever its width.
+
+    Raises:
+        BrokenImageError: it is one.
+    """
+    if max(image.size) > _LONGEST_SIDE:
+        raise BrokenImageError(
+            f"{told} can't be used: An image of {image.width} x {image.height} pixels is too long "
+            f"and narrow, since no side may have more than {_LONGEST_SIDE}."
+        )
 
 
 class _ArrayExamples:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from vvt_jax import storage
 from vvt_jax.data.sources import DataError
-from vvt_jax.storage import AnyPath, StorageError
+from vvt_jax.storage import AnyPath, SizeLimit, StorageError
 
 _HEADER, _FOOTER = 12, 4  # bytes around a record's data
 _FILES_AT_ONCE = 16  # that are indexed: an object store answers slowly, but many at a time
@@ -50,6 +50,11 @@ def read_offsets(path: str | os.PathLike) -> np.ndarray:
                 if len(header) == _HEADER:
                     length = _length(header, path, offsets[-1])
                     end = offsets[-1] + _HEADER + length + _FOOTER
+                    if length > SizeLimit.RECORD:
+                        raise DataError(
+                            f"{path} can't be read: its record at byte {offsets[-1]} has {length} "
+                            f"bytes, and a record has at most {SizeLimit.RECORD}."
+                        )
                 if len(header) < _HEADER or end > size:
                     raise DataError(
                         f"{path} is truncated: its record at byte {offsets[-1]} reaches over the "
@@ -137,7 +142,7 @@ def _all_offsets(paths: Sequence[str], cache_dir: AnyPath | None) -> list[np.nda
         cached = cache_dir / f"{hashlib.sha256(repr(state).encode()).hexdigest()[:32]}.npz"
         # Missing or damaged: it is made anew
         with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            with np.load(io.BytesIO(storage.read_bytes(cached))) as content:
+            with np.load(io.BytesIO(storage.read_bytes(cached, SizeLimit.ARRAYS))) as content:
                 joined, counts = content["offsets"], content["counts"]
             if len(counts) == len(paths) and counts.sum() == len(joined):
                 return np.split(joined, np.cumsum(counts)[:-1])

@@ -28,6 +28,7 @@ from vvt_jax.models.layers import (
 
 SMALLEST_SIDE = 32  # pixels
 _DTYPES = ("float32", "bfloat16")
+_MOST_BANDS = 2**12  # a map of 16,384 pixels' height has as many rows
 _ATTENTIONS = ("vicinity", "softmax")
 
 
@@ -311,6 +312,10 @@ def nearest(name: str, known) -> str:
     return f"; did you mean '{near[0]}'?" if near else f": it is one of {', '.join(known)}."
 
 
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
 def _check_fields(model: VVT) -> None:
     def refuse(field: str, why: str):
         raise ValueError(f"{field}={getattr(model, field)!r} does not fit: {why}.")
@@ -325,20 +330,25 @@ def _check_fields(model: VVT) -> None:
     ):
         values = getattr(model, field)
         four = isinstance(values, list | tuple) and len(values) == 4
-        if not four or not all(isinstance(v, int) and v > 0 for v in values):
+        if not four or not all(map(_is_positive, values)):
             refuse(field, "it takes four positive whole numbers, one a stage")
-    if not isinstance(model.gate_reduction, int) or model.gate_reduction < 1:
+    if not _is_positive(model.gate_reduction):
         refuse("gate_reduction", "it takes a positive whole number")
-    if not isinstance(model.ffn_bands, int) or model.ffn_bands < 1:
-        refuse("ffn_bands", "it takes a positive whole number, 1 for whole maps")
+    if not _is_positive(model.ffn_bands) or model.ffn_bands > _MOST_BANDS:
+        refuse("ffn_bands", f"it takes a whole number from 1, for whole maps, to {_MOST_BANDS}")
+    for field in ("clamp", "remat", "unroll"):
+        if not isinstance(getattr(model, field), bool):
+            refuse(field, "it is True or False")
     attention.check_locality(model.locality)
-    if model.attention not in _ATTENTIONS:
+    if not isinstance(model.attention, str) or model.attention not in _ATTENTIONS:
         refuse("attention", f"it is one of {', '.join(_ATTENTIONS)}")
-    if model.dtype not in _DTYPES:
+    if not isinstance(model.dtype, str) or model.dtype not in _DTYPES:
         refuse("dtype", f"it is one of {', '.join(_DTYPES)}")
     if not isinstance(model.drop_path_rate, int | float) or not 0 <= model.drop_path_rate < 1:
         refuse("drop_path_rate", "it is a probability from 0 up to, not including, 1")
-    if not isinstance(model.num_classes, int) or model.num_classes < 0:
+    if isinstance(model.num_classes, bool) or (
+        model.num_classes != 0 and not _is_positive(model.num_classes)
+    ):
         refuse("num_classes", "it takes a whole number, 0 for none")
     for stage, (width, heads, reduction) in enumerate(
         zip(model.embed_dims, model.num_heads, model.feature_reduction, strict=True), 1
