@@ -73,24 +73,21 @@ def convolve(
             that each lies on one device.
         **options: passed on, as flax gives them.
     """
-    options = {"dimension_numbers": _LAYOUT, **options}
-    plain = functools.partial(
-        jax.lax.conv_general_dilated,
-        window_strides=tuple(window_strides),
-        padding=padding,
-        feature_group_count=feature_group_count,
-        **options,
-    )
+    options = {"dimension_numbers": _LAYOUT, "feature_group_count": feature_group_count, **options}
+
+    def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(x, kernel, window_strides, padding, **options)
+
     if forms.spatial_devices() == 1:
         return plain(x, kernel)
     if forms.row_layout() is not None:
         return split_rows(plain(split_rows(x), kernel)) if split else plain(x, kernel)
-    if isinstance(padding, str):
-        pads = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], window_strides, padding)
-    else:
-        pads = padding
+    pads = padding
+    if isinstance(pads, str):
+        pads = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], window_strides, pads)
+    top_bottom, left_right = (tuple(side) for side in pads)
     return _convolve_by_windows(
-        x, kernel, tuple(window_strides), tuple(map(tuple, pads)), feature_group_count
+        x, kernel, tuple(window_strides), (top_bottom, left_right), feature_group_count
     )
 
 
