@@ -24,14 +24,15 @@ def row_groups(rows: int, devices: int) -> int:
     return 1 if rows < devices else math.ceil(rows / math.ceil(rows / devices))
 
 
-def split_rows(x: jax.Array) -> jax.Array:
+def split_rows(x: jax.Array, rows_after: int | None = None) -> jax.Array:
     """Fixes how the rows of a map `[batch, height, width, channels]` lie over the devices.
 
     Left to itself, XLA splits rows that do not divide evenly into fewer groups, each repeated on
     several devices, and then counts each repetition in the gradient of a convolution's kernel.
     Here all devices take part, and the last one is padded. The exception is a map with fewer rows
     than devices: there XLA (jax 0.10) gets the same gradient wrong for another reason, so such a
-    map is kept whole on each device, which costs little.
+    map is kept whole on each device, which costs little. So is the input of a convolution whose
+    output has so few rows: `rows_after`, where x is such an input.
 
     This does nothing unless `forms.compiling_for` was given the layout of the rows. The gradient of
     x gets the same layout as x.
@@ -42,7 +43,7 @@ def split_rows(x: jax.Array) -> jax.Array:
     examples, rows = layout.spec
     if x.shape[0] % _devices_along(layout, examples):
         examples = PartitionSpec.UNCONSTRAINED  # a part of a batch, for example
-    if row_groups(x.shape[1], _devices_along(layout, rows)) == 1:
+    if row_groups(min(x.shape[1], rows_after or x.shape[1]), _devices_along(layout, rows)) == 1:
         rows = None
     spec = PartitionSpec(examples, rows, None, None)
     return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, spec))
@@ -80,15 +81,29 @@ def convolve(
 
     if forms.spatial_devices() == 1:
         return plain(x, kernel)
-    if forms.row_layout() is not None:
-        return split_rows(plain(split_rows(x), kernel)) if split else plain(x, kernel)
     pads = padding
     if isinstance(pads, str):
         pads = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], window_strides, pads)
     top_bottom, left_right = (tuple(side) for side in pads)
-    return _convolve_by_windows(
-        x, kernel, tuple(window_strides), (top_bottom, left_right), feature_group_count
-    )
+
+    def by_windows(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return _convolve_by_windows(
+            x, kernel, tuple(window_strides), (top_bottom, left_right), feature_group_count
+        )
+
+    if (layout := forms.row_layout()) is None:
+        return by_windows(x, kernel)
+    # Whole, also where "fsdp" spreads it: XLA would spread the channels of maps the same way
+    whole = NamedSharding(layout.mesh, PartitionSpec())
+    kernel = jax.lax.with_sharding_constraint(kernel, whole)
+    if not split:
+        return by_windows(x, kernel)
+    rows = jax.eval_shape(plain, x, kernel).shape[1]
+    examples, spatial = (_devices_along(layout, axes) for axes in layout.spec)
+    # Where devices hold copies of one another's rows or examples, XLA may count each of them
+    copies = row_groups(min(rows, x.shape[1]), spatial) == 1 or x.shape[0] % examples
+    convolution = by_windows if copies else plain
+    return split_rows(convolution(split_rows(x, rows), kernel))
 
 
 def _devices_along(layout: NamedSharding, axes: str | tuple[str, ...]) -> int:
@@ -108,9 +123,10 @@ def _convolve_by_windows(
 ) -> jax.Array:
     """A convolution whose kernel gradient is right however XLA lays the rows out.
 
-    For callers of `forms.compiling_for` who say how many devices share an image, but not which:
-    there the layout can't be fixed. The gradient of the kernel is made of one product (of a
-    depthwise kernel: one sum) for each of its places; XLA fetches the rows of neighbours for each.
+    For maps of which several devices hold copies, and for callers of `forms.compiling_for` who say
+    how many devices share an image but not which, so that the layout can't be fixed. The gradient
+    of the kernel is made of one product (of a depthwise kernel: one sum) for each of its places;
+    XLA fetches the rows of neighbours for each.
     """
     return _plain(x, kernel, strides, padding, groups)
 
