@@ -106,6 +106,33 @@ def test_counts_the_examples_of_a_source_once(batch_size):
     np.testing.assert_allclose(got["top1"], np.mean(np.equal(labels, 0)), rtol=1e-6)
 
 
+def test_few_batches_wait_to_be_evaluated():
+    """Each program that waits holds a batch, and simulated devices deadlock on many of them."""
+    waiting = set()
+
+    class Sum:
+        def __init__(self):
+            waiting.add(self)
+
+        def block_until_ready(self):
+            waiting.discard(self)
+
+        def __array__(self, *_, **__):
+            return np.ones((), np.int32)
+
+    most = 0
+
+    def step(variables, batch):
+        nonlocal most
+        sums = {name: Sum() for name in ("loss", "top1", "top5", "examples")}
+        most = max(most, len(waiting) // len(sums))
+        return sums
+
+    got, _ = evaluate(step, {}, [{}] * 10)
+    assert got["examples"] == 10
+    assert most <= 3
+
+
 def test_nothing_to_evaluate():
     with pytest.raises(ValueError, match="nothing to evaluate"):
         evaluate(_eval_step(3), {}, [])

@@ -5,13 +5,24 @@ import os
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
+from vvt_jax.convolution import row_groups
 from vvt_jax.errors import UserError
-from vvt_jax.parallel import AXES, batch_shardings, make_mesh, state_shardings, to_devices
+from vvt_jax.parallel import (
+    AXES,
+    Dispatched,
+    batch_shardings,
+    describe_rows,
+    make_mesh,
+    state_shardings,
+    to_devices,
+)
 
 
 def _mesh(data=1, fsdp=1, spatial=1, batch_size=8):
@@ -47,11 +58,11 @@ _LAYOUTS = """
 
     told = {"meshes": [], "errors": {}}
     for sizes in ((8, 1, 1), (-1, 1, 1), (1, -1, 2), (2, 2, -1), (2, 2, 2),
-                  (1, 1, 8, 64, 256), (2, 1, 4, 64, 32)):
+                  (1, 1, 8, 64, 256), (2, 1, 4, 64, 32), (1, 1, 8, 64, 64)):
         told["meshes"].append(list(mesh(*sizes).shape.values()))
     for sizes in ((3, 1, 1), (1, 1, 1), (2, 1, 1), (-1, -1, 1), (-1, 3, 1), (0, 1, 8), (-2, 1, 1),
                   (16, 1, 1), (4, 2, 1, 60), (1, 1, 8, 64, 36),
-                  (1, 1, 8, 64, 64)):
+                  (1, 1, 8, 64, 1083)):
         try:
             mesh(*sizes)
         except UserError as error:
@@ -78,6 +89,42 @@ _LAYOUTS = """
     told["described"] = [parallel.describe_mesh(mesh(*s)) for s in ((8, 1, 1), (1, 1, 8, 64, 256))]
     batch = parallel.batch_shardings(mesh(2, 2, 2), ["image", "label", "mask"])
     arrays = {"image": jnp.zeros((8, 32, 32, 3)), "label": jnp.zeros(8), "mask": jnp.zeros(8)}
+
+    import functools
+    from vvt_jax import forms
+    from vvt_jax.convolution import convolve
+
+    def network(stride, kernels, x):  # the smallest in which XLA alone gets gradients wrong
+        x = convolve(x, kernels[0], (stride, stride), [(1, 1)] * 2)
+        x = convolve(x, kernels[1], (2, 2), [(1, 1)] * 2)
+        return jnp.square(convolve(x, kernels[2], (1, 1), "SAME", feature_group_count=4)).sum()
+
+    def differentiate(stride, *arguments, **layout):
+        options = {"xla_backend_optimization_level": 0}
+        function = jax.grad(functools.partial(network, stride))
+        return jax.jit(function, compiler_options=options, **layout)(*arguments)
+
+    shapes = ((3, 3, 3, 4), (3, 3, 4, 4), (3, 3, 1, 4))
+    kernels = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
+    told["gradients"] = {}
+    for devices, rows, stride, known in ((4, 40, 4, True), (4, 40, 4, False), (8, 64, 8, True)):
+        x = jax.random.normal(jax.random.key(9), (1, rows, 8, 3))
+        sizes = {"data": 1, "fsdp": 1, "spatial": devices}
+        place = parallel.make_mesh(sizes, 1, height=rows, devices=jax.devices()[:devices])
+        layout = parallel.batch_shardings(place, ["image"])["image"]
+        whole = parallel.replicated(place)
+        inside = parallel.compiling_for(place)
+        if not known:
+            inside = forms.compiling_for("cpu", spatial=devices)
+        with inside:
+            many = differentiate(
+                stride, jax.device_put(kernels, whole), jax.device_put(x, layout),
+                out_shardings=whole,
+            )
+        told["gradients"][f"{rows} over {devices}, {known}"] = [
+            float(jnp.linalg.norm(a - b) / jnp.linalg.norm(a))
+            for a, b in zip(differentiate(stride, kernels, x), jax.device_get(many), strict=True)
+        ]
     told["batch"] = {k: list(s.shard_shape(arrays[k].shape)) for k, s in batch.items()}
     print(json.dumps(told))
 """
@@ -97,6 +144,7 @@ def test_mesh_sizes(layouts):
         [2, 2, 2],
         [1, 1, 8],
         [2, 1, 4],
+        [1, 1, 8],
     ]
 
 
@@ -113,7 +161,8 @@ def test_mesh_sizes(layouts):
         ("(16, 1, 1)", "does not fit 8 device(s)"),
         ("(4, 2, 1, 60)", "config.batch_size=60 does not divide over the 8 devices"),
         ("(1, 1, 8, 64, 36)", "36 rows do not divide over the 8 devices that share an image"),
-        ("(1, 1, 8, 64, 64)", "the model's last map has 2 rows, and gradients would be wrong"),
+        ("(1, 1, 8, 64, 36)", "the nearest that do are 32 and 40."),
+        ("(1, 1, 8, 64, 1083)", "the nearest that do are 1080 and 1088."),
     ],
 )
 def test_mesh_errors(layouts, sizes, words):
@@ -190,6 +239,44 @@ def test_description_of_a_mesh_has_the_forms_chosen_for_it(layouts):
     assert data.endswith("Forms: depthwise shift, attention separable, gelu kept.")
     assert "spatial 8" in spatial
     assert spatial.endswith("Forms: depthwise grouped, attention concatenated, gelu recomputed.")
+
+
+@pytest.mark.parametrize(
+    "case", ["40 over 4, True", "40 over 4, False", "64 over 8, True"], ids=lambda case: case[:9]
+)
+def test_gradients_of_kernels_are_right_where_rows_do_not_divide(layouts, case):
+    """10 rows over 4 devices, with and without a layout that is known; 4 rows over 8 devices."""
+    assert max(layouts["gradients"][case]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("rows", "devices", "groups"),
+    [(34, 4, 4), (32, 4, 4), (9, 8, 5), (8, 8, 8), (7, 8, 1), (5, 3, 3), (5, 1, 1)],
+)
+def test_groups_of_rows(rows, devices, groups):
+    assert row_groups(rows, devices) == groups
+
+
+def test_rows_that_do_not_divide_evenly_are_described():
+    def describe(devices, height):
+        return describe_rows(AbstractMesh((1, 1, devices), AXES), height, (4, 8, 16, 32))
+
+    assert describe(4, 128) is describe(1, 136) is None
+    assert describe(8, 72) == (
+        "8 devices share the 72 rows of an image, which 256 does not divide: the model's maps of "
+        "18, 9, 5 and 3 rows are split into 6, 5, 1 and 1 groups, of up to 3, 2, 5 and 3 rows. "
+        "This takes more memory than an even split (33% more for the largest map)."
+    )
+
+
+def test_few_programs_are_dispatched_and_not_waited_for():
+    dispatched, waited = Dispatched(), []
+    results = [SimpleNamespace(block_until_ready=lambda i=i: waited.append(i)) for i in range(5)]
+    returned = [dispatched.add(result) for result in results]
+    assert waited == [0, 1, 2]
+    assert [len(done) for done in returned] == [0, 0, 1, 1, 1]
+    assert len(dispatched.finish()) == 2
+    assert waited == [0, 1, 2, 3, 4]
 
 
 def test_without_fsdp_the_state_is_whole_everywhere(layouts):
@@ -372,3 +459,22 @@ def test_bands_of_rows_trade_two_rows_of_the_narrow_map_alone():
     for mesh, found in told.items():
         assert found["collectives"] == [["collective-permute", [[1, 1, 1, 4, 4]]]] * 2, mesh
         assert found["far"] < 1e-5, mesh
+
+
+_MODELS = """
+    import json
+    from experiments.gradients.run import Case, compare
+
+    cases = (Case("classifier", 136, (1, 1, 4)), Case("fpn", 72, (1, 1, 8)),
+             Case("classifier", 72, (1, 2, 4), batch=2, bands=3))
+    print(json.dumps({case.name: compare(case) for case in cases}))
+"""
+
+
+@pytest.mark.slow
+def test_gradients_of_models_are_right_where_rows_do_not_divide(compilation_cache):
+    told = _on_eight_devices(_MODELS, JAX_COMPILATION_CACHE_DIR=str(compilation_cache))
+    assert len(told) == 3
+    for name, found in told.items():
+        assert found["arrays"] > 100, name
+        assert not found["wrong"], name

@@ -127,7 +127,7 @@ class Program:
     def __init__(self, setting: Setting, devices: Sequence[jax.Device] | None = None):
         self.setting = setting
         self.model = setting.make_model()
-        self._mesh = _make_mesh(setting, self.model, devices)
+        self._mesh = _make_mesh(setting, devices)
         start = time.perf_counter()
         try:
             with forms.use(**setting.forms):
@@ -456,18 +456,12 @@ def _seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _make_mesh(setting: Setting, model: VVT, devices: Sequence[jax.Device] | None):
+def _make_mesh(setting: Setting, devices: Sequence[jax.Device] | None):
     sizes = {axis: setting.mesh.get(axis, 1) for axis in parallel.AXES}
     devices = jax.devices() if devices is None else devices
     if -1 not in sizes.values():
         devices = devices[: int(np.prod(list(sizes.values())))]
-    return parallel.make_mesh(
-        sizes,
-        setting.batch,
-        height=setting.height,
-        stride=int(np.prod(model.patch_strides)),
-        devices=devices,
-    )
+    return parallel.make_mesh(sizes, setting.batch, height=setting.height, devices=devices)
 
 
 def _initialise(init: Callable[[], Any], abstract: Any) -> Any:

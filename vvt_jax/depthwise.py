@@ -4,15 +4,19 @@ import jax
 import jax.numpy as jnp
 
 from vvt_jax import forms
+from vvt_jax.convolution import convolve
 
 
-def depthwise_conv(x: jax.Array, kernel: jax.Array, *, form: str | None = None) -> jax.Array:
+def depthwise_conv(
+    x: jax.Array, kernel: jax.Array, *, form: str | None = None, split: bool = True
+) -> jax.Array:
     """3×3 depthwise convolution, stride 1, zero padding 1.
 
     Args:
         x: `[batch, height, width, channels]`.
         kernel: `[3, 3, 1, channels]`.
         form: `"shift"` or `"grouped"`, equal to rounding; by default what `vvt_jax.forms` chooses.
+        split: as for `convolve`: False where each window of rows lies on one device.
 
     Returns:
         `[batch, height, width, channels]` in the dtype of x, summed in float32.
@@ -24,14 +28,7 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, *, form: str | None = None) 
     if form == "shift":
         return _shift_and_add(x, kernel)
     if form == "grouped":
-        return jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            window_strides=(1, 1),
-            padding="SAME",
-            feature_group_count=x.shape[-1],
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        return convolve(x, kernel, (1, 1), "SAME", feature_group_count=x.shape[-1], split=split)
     raise ValueError(f"Unknown form '{form}': it is one of {', '.join(forms.DEPTHWISE)}.")
 
 

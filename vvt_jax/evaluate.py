@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from vvt_jax import parallel
 from vvt_jax.data.preprocess import normalize
 from vvt_jax.recipe.losses import cross_entropy
 
@@ -84,13 +85,19 @@ def evaluate(
 ) -> tuple[dict[str, float], np.ndarray | None]:
     """Mean `loss` (nats), `top1` and `top5` (fractions) and the number of `examples`; and the
     confusion matrix, where the step counts one. The means over no examples are not a number."""
-    total: Sums | None = None
+    host: dict[str, np.ndarray] = {}
+
+    def add(finished: Iterable[Sums]) -> None:
+        for sums in finished:
+            for name, value in jax.device_get(sums).items():
+                host[name] = host[name] + value if name in host else value
+
+    dispatched = parallel.Dispatched()
     for batch in batches:
-        sums = eval_step(variables, batch)
-        total = sums if total is None else jax.tree.map(jnp.add, total, sums)
-    if total is None:
+        add(dispatched.add(eval_step(variables, batch)))
+    add(dispatched.finish())
+    if not host:
         raise ValueError("There is nothing to evaluate: no batch came.")
-    host = jax.device_get(total)
     examples = int(host["examples"])
     means = {
         name: float(host[name]) / examples if examples else math.nan

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding
 
 DEPTHWISE = ("shift", "grouped")
 ATTENTION = ("concatenated", "separable")
@@ -51,6 +52,9 @@ _place: contextvars.ContextVar[Forms | None] = contextvars.ContextVar(
     "vvt_jax_forms_place", default=None
 )
 _spatial: contextvars.ContextVar[int] = contextvars.ContextVar("vvt_jax_forms_spatial", default=1)
+_rows: contextvars.ContextVar[NamedSharding | None] = contextvars.ContextVar(
+    "vvt_jax_forms_rows", default=None
+)
 
 
 def choose(platform: str, *, spatial: int = 1) -> Forms:
@@ -79,14 +83,31 @@ def spatial_devices() -> int:
     return _spatial.get()
 
 
+def row_layout() -> NamedSharding | None:
+    """How a map's examples and rows lie over the devices, as a surrounding `compiling_for` says;
+    None where images are not split, or where it does not say."""
+    return _rows.get()
+
+
 @contextlib.contextmanager
-def compiling_for(platform: str, *, spatial: int = 1) -> Iterator[Forms]:
-    """Takes the forms that `choose` gives, for what is traced inside; `use` overrides them."""
+def compiling_for(
+    platform: str, *, spatial: int = 1, rows: NamedSharding | None = None
+) -> Iterator[Forms]:
+    """Takes the forms that `choose` gives, for what is traced inside; `use` overrides them.
+
+    Args:
+        platform: as for `choose`.
+        spatial: as for `choose`.
+        rows: the layout of maps `[batch, rows, ...]` where `spatial` is more than one. Without it,
+            gradients of convolutions are right as well, but cost more communication.
+    """
     place = _place.set(choose(platform, spatial=spatial))
     devices = _spatial.set(spatial)
+    layout = _rows.set(rows if spatial > 1 else None)
     try:
         yield current()
     finally:
+        _rows.reset(layout)
         _spatial.reset(devices)
         _place.reset(place)
 

@@ -14,7 +14,9 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vvt_jax import forms
+from vvt_jax.convolution import row_groups
 from vvt_jax.errors import UserError
+from vvt_jax.models.vvt import SMALLEST_SIDE
 
 AXES = ("data", "fsdp", "spatial")
 _BATCH = PartitionSpec(("data", "fsdp"))
@@ -26,6 +28,7 @@ _PATIENCE = (  # of simulated devices, seconds
     "--xla_cpu_collective_call_terminate_timeout_seconds=3600",
 )
 _IN_FLIGHT = 2  # batches that are on their way to the devices while one is computed
+_PROGRAMS_AHEAD = 2  # dispatched and not waited for; more would only hold batches
 
 
 def make_mesh(
@@ -33,7 +36,6 @@ def make_mesh(
     batch_size: int,
     *,
     height: int | None = None,
-    stride: int = 32,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
     """A mesh with the axes `AXES`.
@@ -42,7 +44,6 @@ def make_mesh(
         sizes: devices along each axis; one of them may be -1, for all that are left.
         batch_size: global; has to divide over the axes that share a batch.
         height: of the images in pixels, if known; has to divide over the axis that shares them.
-        stride: of the model's last map, in pixels.
         devices: by default all that jax sees.
 
     Raises:
@@ -68,18 +69,14 @@ def make_mesh(
             f"config.batch_size={batch_size} does not divide over the {shape[0] * shape[1]} "
             "devices that share a batch (mesh data x fsdp)."
         )
+    # Of the images only: jax places arrays on devices in equal parts. `convolution.split_rows` lays
+    # out the model's maps, with any number of rows.
     if height is not None and height % shape[2]:
+        below = height - height % shape[2]
+        near = [n for n in (below, below + shape[2]) if n >= SMALLEST_SIDE]
         raise UserError(
             f"config.data.size: {height} rows do not divide over the {shape[2]} devices that share "
-            "an image (mesh spatial)."
-        )
-    # Measured: over 8 devices, weight gradients of strided convolutions come out wrong by tenths,
-    # without a word, where maps have fewer rows (XLA of jax 0.10; a 3×3 kernel, stride 2, from 8
-    # rows to 4: by 0.4 of the largest); over 2 and 4 they are right.
-    if height is not None and shape[2] > max(4, rows := math.ceil(height / stride)):
-        raise UserError(
-            f"config.mesh.spatial={shape[2]} is too much for images of {height} rows: the model's "
-            f"last map has {rows} rows, and gradients would be wrong."
+            f"an image (mesh spatial); the nearest that do are {' and '.join(map(str, near))}."
         )
     # linen's random streams want automatic axes; explicit ones are today's default
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
@@ -122,9 +119,12 @@ def compile_program(
 
 
 def compiling_for(mesh: Mesh) -> contextlib.AbstractContextManager[forms.Forms]:
-    """`forms.compiling_for` with the platform of a mesh and the devices that share its images."""
-    platform = mesh.devices.flat[0].platform
-    return forms.compiling_for(platform, spatial=mesh.shape["spatial"])
+    """`forms.compiling_for` with the platform of a mesh and how its devices share images."""
+    return forms.compiling_for(
+        mesh.devices.flat[0].platform,
+        spatial=mesh.shape["spatial"],
+        rows=NamedSharding(mesh, _IMAGES),
+    )
 
 
 def describe_mesh(mesh: Mesh) -> str:
@@ -134,6 +134,36 @@ def describe_mesh(mesh: Mesh) -> str:
     axes = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
     count, kind = mesh.devices.size, mesh.devices.flat[0].device_kind
     return f"{count} device(s) of kind {kind}: {axes}. Forms: {told}."
+
+
+def describe_rows(mesh: Mesh, height: int, strides: Sequence[int]) -> str | None:
+    """How the rows of a model's maps lie over the devices, if they do not divide evenly.
+
+    Args:
+        mesh: of the devices.
+        height: of the images, in pixels.
+        strides: of the model's maps, in pixels, each a multiple of the one before.
+    """
+    devices = mesh.shape["spatial"]
+    if devices == 1 or height % (devices * strides[-1]) == 0:
+        return None
+    maps = [math.ceil(height / stride) for stride in strides]
+    groups = [row_groups(rows, devices) for rows in maps]
+    most = [
+        math.ceil(rows / (devices if n > 1 else 1)) for rows, n in zip(maps, groups, strict=True)
+    ]
+    more = most[0] * devices / maps[0] - 1
+    return (
+        f"{devices} devices share the {height} rows of an image, which {devices * strides[-1]} "
+        f"does not divide: the model's maps of {_listed(maps)} rows are split into "
+        f"{_listed(groups)} groups, of up to {_listed(most)} rows. This takes more memory than an "
+        f"even split ({more:.0%} more for the largest map)."
+    )
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    *first, last = map(str, numbers)
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def layout_table(abstract_state: Any) -> list[tuple[str, str, str, int]]:
@@ -300,3 +330,27 @@ def to_devices(
         yield ahead.popleft()
         for batch in itertools.islice(batches, 1):
             ahead.append(put(batch))
+
+
+class Dispatched:
+    """The results of dispatched programs that were not waited for yet, of which there are few.
+
+    Each program holds its batch until it has run, and simulated devices deadlock when many programs
+    that communicate wait for the same threads.
+    """
+
+    def __init__(self) -> None:
+        self._results: collections.deque[Any] = collections.deque()
+
+    def add(self, result: Any) -> list[Any]:
+        """Adds a result, waits until only two are left, and returns those that are done, if any."""
+        self._results.append(result)
+        return self._wait(_PROGRAMS_AHEAD)
+
+    def finish(self) -> list[Any]:
+        """Waits for all results and returns those that `add` has not returned, in their order."""
+        return self._wait(0)
+
+    def _wait(self, left: int) -> list[Any]:
+        count = max(0, len(self._results) - left)
+        return [jax.block_until_ready(self._results.popleft()) for _ in range(count)]

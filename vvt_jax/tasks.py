@@ -4,11 +4,10 @@ The trainer takes a task's model, batches, loss, evaluation and tables, and know
 it. A further task is a further class with these members, and a line in `make_task`.
 """
 
-import collections
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -225,13 +224,14 @@ class Segmentation:
             loss, images, picture = 0.0, 0, None
             # Of 64 bits: a set has more pixels than 2³¹
             confusion = np.zeros((self.model.num_classes,) * 2, np.int64)
-            under_way: collections.deque[Any] = collections.deque()
+            dispatched = parallel.Dispatched()
 
-            def add(sums: Mapping[str, jax.Array]) -> None:
+            def add(finished: Sequence[Mapping[str, jax.Array]]) -> None:
                 nonlocal loss, images
-                images += int(sums["images"])
-                loss += float(sums["loss"])
-                confusion[:] += np.asarray(sums["confusion"])
+                for sums in finished:
+                    images += int(sums["images"])
+                    loss += float(sums["loss"])
+                    confusion[:] += np.asarray(sums["confusion"])
 
             batches = segmentation.whole_image_batches(
                 source,
@@ -251,15 +251,13 @@ class Segmentation:
                         )
                     found = compiled[size](variables, views)
                     counted = ("segmentation", "own_size", "mask")
-                    under_way.append(count(found, {name: batch[name] for name in counted}))
+                    sums = count(found, {name: batch[name] for name in counted})
+                    add(dispatched.add(sums))
                     if picture is None:
                         canvas = batch["segmentation"].shape[1:]
                         classes = draw(found, batch["own_size"], *canvas)
                         picture = self._compare(hosts.fetch({**batch, "found": classes}))
-                    while len(under_way) > 2:
-                        add(under_way.popleft())
-                for waiting in under_way:
-                    add(waiting)
+                add(dispatched.finish())
             metrics = segment.segmentation_metrics(loss, confusion)
             return Measured({**metrics, "examples": images}, confusion, picture)
 

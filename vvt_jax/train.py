@@ -1,10 +1,8 @@
 """A run: from a config to checkpoints, metrics and a model folder."""
 
-import collections
 import contextlib
 import dataclasses
 import functools
-import math
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
@@ -38,7 +36,6 @@ from vvt_jax.tasks import Measured, make_task, naming
 from vvt_jax.timing import Stopwatch, Trace
 
 _LAYOUT_LINES = 8  # of the table of what devices hold, that are printed
-_STEPS_AHEAD = 2  # steps given to the devices and not waited for: more would only hold batches
 
 
 class NonFiniteLossError(UserError):
@@ -117,7 +114,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
         latest = reporter.last_line()
         metrics: dict[str, float]
         unread: _Unread | None = None  # of the step before, not waited for yet
-        under_way: collections.deque[jax.Array] = collections.deque()
+        dispatched = parallel.Dispatched()
         stopwatch = Stopwatch()
         start = step
         arrays = parallel.to_devices(batches, run.mesh, config.batch_size)
@@ -127,9 +124,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
             trace.before(step + 1)
             state, done = train_step(state, batch)
             step += 1
-            under_way.append(done)
-            if len(under_way) > _STEPS_AHEAD:
-                under_way.popleft().block_until_ready()
+            dispatched.add(done)
             trace.after(step, done)
             reporter.advance()
             if unread is not None:  # read while the devices are busy with this step
@@ -223,7 +218,6 @@ class _Run:
             config.mesh,
             config.batch_size,
             height=data.size[0],
-            stride=math.prod(self._model.patch_strides),
         )
 
         examples = len(sources["train"].examples)
@@ -280,13 +274,19 @@ class _Run:
 
     def describe_layout(self, path: AnyPath) -> list[str]:
         """The mesh and its forms, and what each of several devices holds; all of that in a file."""
-        told = [parallel.describe_mesh(self.mesh)]
+        told = [parallel.describe_mesh(self.mesh), *self.describe_rows()]
         if hosts.is_first():
             storage.replace(path, (parallel.layout_report(self.abstract_state) + "\n").encode())
         if self.mesh.devices.size > 1:
             shown = parallel.layout_report(self.abstract_state, largest=_LAYOUT_LINES)
             told.append(f"{shown}\nThe whole table is in {path}.")
         return told
+
+    def describe_rows(self) -> list[str]:
+        """What to say of images whose rows do not divide evenly over the devices, if anything."""
+        strides = np.cumprod(self._model.patch_strides).tolist()
+        told = parallel.describe_rows(self.mesh, self._config.data.size[0], strides)
+        return [told] if told else []
 
     def init_state(self) -> TrainState:
         """The state before the first step, laid out on the devices."""
@@ -560,6 +560,7 @@ def _evaluate_only(run: _Run, config: ConfigDict, workdir: AnyPath) -> dict[str,
                     f"{workdir} has no checkpoint to evaluate: is it the run's folder?"
                 )
             (state, _), told = checkpoints.restore(run.abstract_state), []
+    told = [*run.describe_rows(), *told]
     folder = workdir / "evaluation"
     metrics = run.evaluate(state, "validation", "eval", folder)
     metrics |= run.evaluate(state, "test", "test", folder)

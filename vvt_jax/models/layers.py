@@ -10,6 +10,7 @@ from flax import linen as nn
 from flax.typing import Dtype
 
 from vvt_jax import attention, forms
+from vvt_jax.convolution import convolve, row_groups
 from vvt_jax.depthwise import depthwise_conv
 
 # Published: truncated normal cut at ±2 (absolute, hence a plain normal) with deviation 0.02.
@@ -163,6 +164,7 @@ class OverlapPatchEmbed(nn.Module):
             padding=self.kernel_size // 2,
             kernel_init=conv_init,
             dtype=self.dtype,
+            conv_general_dilated=convolve,
             name="conv",
         )(x)
         return LayerNorm(epsilon=1e-5, name="norm")(x)
@@ -241,11 +243,11 @@ class DepthwiseConv(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[batch, height, width, channels]` -> the same shape."""
+    def __call__(self, x: jax.Array, split: bool = True) -> jax.Array:
+        """`[batch, height, width, channels]` -> the same shape; `split` as for `depthwise_conv`."""
         kernel = self.param("kernel", conv_init, (3, 3, 1, x.shape[-1]))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-        return depthwise_conv(x, kernel.astype(self.dtype)) + bias.astype(self.dtype)
+        return depthwise_conv(x, kernel.astype(self.dtype), split=split) + bias.astype(self.dtype)
 
 
 class GeluDense(nn.Module):
@@ -294,7 +296,8 @@ class ConvFeedForward(nn.Module):
         nn.share_scope(self, rows)  # parameters have the same names in any number of bands
         if self.bands == 1:
             return rows(None, x)[1]
-        groups = forms.spatial_devices()
+        devices = forms.spatial_devices()
+        groups = devices if row_groups(x.shape[1], devices) > 1 else 1
         windows, inside = _cut_windows(x, groups, self.bands)
         _, out = rows(None, windows, jnp.asarray(inside))
         return _join_bands(out, x.shape[0], groups, x.shape[1])
@@ -319,7 +322,7 @@ class _FeedForwardRows(nn.Module):
         x = nn.Dense(self.hidden, kernel_init=linear_init, dtype=self.dtype, name="fc1")(x)
         if inside is not None:
             x = jnp.where(inside, x, 0)
-        x = DepthwiseConv(dtype=self.dtype, name="depthwise")(x)
+        x = DepthwiseConv(dtype=self.dtype, name="depthwise")(x, split=inside is None)
         if inside is not None:
             x = x[:, 1:-1]
         return None, GeluDense(self.features, dtype=self.dtype, name="fc2")(x)

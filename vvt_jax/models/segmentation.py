@@ -4,6 +4,7 @@ Two heads, laid out as in the settings that papers on backbones compare by: Sema
 et al., arXiv 1901.02446) and UPerNet (Xiao et al., arXiv 1807.10221) with an auxiliary FCN head.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from flax import linen as nn
 from flax.typing import Dtype
 
+from vvt_jax.convolution import convolve
 from vvt_jax.models.layers import conv_init
 from vvt_jax.models.vvt import VARIANTS, VVT, create_model, from_fields, nearest
 
@@ -97,6 +99,7 @@ class ConvNormRelu(nn.Module):
             use_bias=False,
             kernel_init=conv_init,
             dtype=self.dtype,
+            conv_general_dilated=convolve,
             name="conv",
         )(x)
         norm = nn.BatchNorm(
@@ -136,21 +139,20 @@ class SemanticFPN(nn.Module):
     @nn.compact
     def __call__(self, maps: Sequence[jax.Array], train: bool) -> jax.Array:
         """Four maps, the finest first -> logits `[batch, h, w, num_classes]` at the finest."""
-        init = nn.initializers.xavier_uniform()
-        levels = [
-            nn.Conv(self.channels, (1, 1), kernel_init=init, dtype=self.dtype, name=f"lateral{i}")(
-                x
-            )
-            for i, x in enumerate(maps, 1)
-        ]
+        conv = functools.partial(
+            nn.Conv,
+            self.channels,
+            kernel_init=nn.initializers.xavier_uniform(),
+            dtype=self.dtype,
+            conv_general_dilated=convolve,
+        )
+        levels = [conv((1, 1), name=f"lateral{i}")(x) for i, x in enumerate(maps, 1)]
         for i in (2, 1, 0):
             size = (levels[i].shape[0], *levels[i].shape[1:3], self.channels)
             levels[i] += jax.image.resize(levels[i + 1], size, "nearest")
         total = jnp.zeros((), self.dtype)
         for i, level in enumerate(levels):
-            x = nn.Conv(
-                self.channels, (3, 3), kernel_init=init, dtype=self.dtype, name=f"smooth{i + 1}"
-            )(level)
+            x = conv((3, 3), name=f"smooth{i + 1}")(level)
             for finer in range(max(1, i)):
                 name = f"scale{i + 1}_{finer + 1}"
                 x = ConvNormRelu(self.channels // 2, 3, dtype=self.dtype, name=name)(x, train)
