@@ -8,8 +8,8 @@ A segmenter's answer is the classes with the largest shares of an image's pixels
 the class of every pixel, as a coloured overlay and as a mask of class numbers.
 
 Images are files (JPEG, PNG, WebP, BMP, TIFF, GIF, PPM, AVIF, JPEG 2000), folders (with all below
-them), patterns, or - for a list on standard input, a path a line. One that can't be used is told on standard error and the others go
-on; the exit status is then 1.
+them), patterns, or - for a list on standard input, a path a line. One that can't be used is told on
+standard error and the others go on; the exit status is then 1.
 """
 
 import argparse

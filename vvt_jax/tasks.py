@@ -152,7 +152,7 @@ class Classification:
         return measure
 
     def write_tables(self, folder: AnyPath, name: str, confusion: np.ndarray) -> None:
-        # The model may have more classes than the data: one without a name counts if it was predicted
+        # The model may have more classes than the data has names for, and predict them
         named = len(self.card["class_names"])
         names = all_class_names(self.card, self.model.num_classes)
         charts.write_per_class(folder / f"{name}_per_class.csv", confusion[:named], names)

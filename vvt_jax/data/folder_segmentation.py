@@ -1,9 +1,9 @@
 """Images in a folder and, in another one, a mask of the same name for each.
 
-A split is a folder with `images/` (see `image_files.FORMATS`) and `masks/` (PNG with one grey channel
-or a palette, as VOC's: each pixel is the number of its class as it is stored, whatever the number
-of bits; 255 is ignored). Either may have sub-folders, the same ones. `classes.txt`, in the source's
-folder, has the name of each class on a line, from number 0 on, without blank lines.
+A split is a folder with `images/` (see `image_files.FORMATS`) and `masks/` (PNG with one grey
+channel or a palette, as VOC's: each pixel is the number of its class as it is stored, whatever the
+number of bits; 255 is ignored). Both may have sub-folders, of the same names. `classes.txt`, in the
+source's folder, has the name of each class on a line, from number 0 on, without blank lines.
 
 A mask belongs to its image as it is displayed: cameras store a photo lying on its side together
 with an EXIF orientation, and it is labelled upright. A mask that has an orientation of its own is
@@ -83,7 +83,7 @@ def decode_mask(file: Any, told: str, num_classes: int, *, upright: bool = True)
     """
     try:
         with PIL.Image.open(file, formats=MASK_FORMATS) as image:
-            scale = _GREY_SCALES.get(image.tile[0].args if image.tile else None, 1)
+            scale = _GREY_SCALES.get(str(image.tile[0].args) if image.tile else "", 1)
             mode, mask = image.mode, np.array(preprocess.turn_upright(image) if upright else image)
     except Exception as error:  # Pillow's decoders raise whatever they stumble over
         reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__

@@ -52,11 +52,17 @@ MASK_FORMATS: tuple[str, ...] = ("PNG",)  # it loses nothing, and knows how many
 MASK_SUFFIXES: tuple[str, ...] = (".png",)
 
 # What operating systems, file servers and archives leave beside a user's files
-_JUNK_FOLDERS = frozenset(
-    ("__macosx", "lost+found", "@eadir", "#recycle", "#snapshot", "$recycle.bin")
-    + ("system volume information", "__pycache__")
-)
-_JUNK_FILES = frozenset(("thumbs.db", "desktop.ini"))
+_JUNK_FOLDERS = {
+    "__macosx",
+    "lost+found",
+    "@eadir",
+    "#recycle",
+    "#snapshot",
+    "$recycle.bin",
+    "system volume information",
+    "__pycache__",
+}
+_JUNK_FILES = {"thumbs.db", "desktop.ini"}
 _MOST_NAMED = 5  # folders or kinds of file in a sentence
 
 

@@ -85,6 +85,7 @@ def orientation(image: PIL.Image.Image) -> int:
 
 def turn_upright(image: PIL.Image.Image) -> PIL.Image.Image:
     """The image as its EXIF orientation shows it; the result has no orientation of its own."""
+    image.load()
     if (turn := _TURNS.get(orientation(image))) is None:
         return image
     return _without_orientation(image.transpose(turn))
@@ -111,6 +112,7 @@ def to_rgb(image: PIL.Image.Image | np.ndarray, *, upright: bool = True) -> PIL.
         ValueError: another type or shape, or a PIL image whose range of values isn't known.
     """
     if isinstance(image, PIL.Image.Image):
+        image.load()  # which turns a TIFF file upright and takes its orientation away
         rgb = _blended(image)
         if orientation(image) == 1:
             return rgb
