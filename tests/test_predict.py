@@ -20,8 +20,11 @@ import pytest
 import vvt_jax
 from vvt_jax import explain, forms, predict
 from vvt_jax.data import overlay
+from vvt_jax.data.image_files import SUFFIXES
 from vvt_jax.data.preprocess import to_rgb
 from vvt_jax.data.sources import open_source
+
+_KINDS = ", ".join(suffix[1:] for suffix in SUFFIXES)
 
 
 @pytest.fixture(scope="module")
@@ -350,8 +353,8 @@ def test_a_bad_folder_is_told(command, images, tmp_path, kind):
         (tmp_path / "notes.txt").write_text("no image")
     given, words = {
         "missing": (f"{tmp_path}/nowhere/", "does not exist."),
-        "empty": (f"{tmp_path}", "has no images (jpg, jpeg, jpe, jfif, png, "),
-        "wrong type": (f"{tmp_path}", "has no images (jpg, jpeg, jpe, jfif, png, "),
+        "empty": (f"{tmp_path}", f"has no images ({_KINDS})."),
+        "wrong type": (f"{tmp_path}", f"has no images ({_KINDS})."),
         "no match": (f"{tmp_path}/*.png", "matches nothing."),
     }[kind]
     assert command(given) == (1, "", f"error: {given} {words}\n")
