@@ -119,7 +119,9 @@ def test_grey_masks_of_few_bits_have_the_numbers_that_are_stored(tmp_path, bits)
 def test_masks_belong_to_the_image_as_it_is_displayed(root, orientation):
     exif = PIL.Image.Exif()
     exif[PIL.ExifTags.Base.Orientation] = orientation
-    upright = np.arange(24, dtype=np.uint8).reshape(4, 6) % 2
+    upright = np.zeros((4, 6), np.uint8)
+    upright[0, :2] = upright[1, 0] = 1  # unlike itself, however it is turned or mirrored
+    upright[0, 2] = 1
     stored = PIL.Image.fromarray(upright)
     for turn in range(8):  # what `exif_transpose` undoes
         candidate = stored.transpose(PIL.Image.Transpose(turn)) if turn < 7 else stored
@@ -148,9 +150,10 @@ def test_a_mask_of_the_stored_image_is_refused_with_the_reason(root):
     assert source.examples[0]["image"].size == (6, 4)
 
 
-def test_a_mask_in_another_format_is_not_decoded(root):
+@pytest.mark.parametrize("other", ["EPS", "BMP"])
+def test_a_mask_in_another_format_is_not_decoded(root, other):
     _write(root)
-    PIL.Image.new("L", (6, 4)).save(root / "masks" / "a.png", "EPS")
+    PIL.Image.new("L", (6, 4)).save(root / "masks" / "a.png", other)
     with pytest.raises(BrokenImageError, match=r"a\.png can't be decoded"):
         _ = _open(root).examples[0]
 
