@@ -4,12 +4,15 @@ import csv
 import subprocess
 import sys
 import textwrap
+import types
+from unittest import mock
 
 import numpy as np
 import PIL.Image
 import pytest
 
 from vvt_jax.charts import draw_confusion, write_per_class
+from vvt_jax.tasks import Classification
 
 _CONFUSION = np.array([[5, 1, 0, 0], [2, 3, 1, 0], [0, 0, 0, 0], [0, 0, 4, 4]])
 _NAMES = ("cat", "a, dog", "nothing", "bird")
@@ -32,6 +35,25 @@ def test_a_line_for_each_class(tmp_path):
         "class", "name", "examples", "correct", "accuracy", "most_often_taken_for", "times",
     ]  # fmt: skip
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["classes.csv"]
+
+
+def test_images_that_are_taken_for_a_class_without_a_name_count(tmp_path):
+    task = object.__new__(Classification)
+    task.card = {"class_names": ["cat", "dog"]}
+    task.model = types.SimpleNamespace(num_classes=4)
+    confusion = np.array([[1, 0, 0, 9], [0, 5, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+    drawn = []
+    with mock.patch("vvt_jax.charts.draw_confusion", lambda *given: drawn.append(given)):
+        task.write_tables(tmp_path, "test", confusion)
+    with (tmp_path / "test_per_class.csv").open(newline="") as file:
+        rows = [tuple(row.values()) for row in csv.DictReader(file)]
+    assert rows == [
+        ("0", "cat", "10", "1", "0.1000", "class 3", "9"),
+        ("1", "dog", "5", "5", "1.0000", "", "0"),
+    ]
+    ((_, shown, names),) = drawn
+    assert names == ["cat", "dog", "class 3"]
+    assert shown.tolist() == [[1, 0, 9], [0, 5, 0], [0, 0, 0]]
 
 
 @pytest.mark.parametrize("classes", [4, 30, 1000])

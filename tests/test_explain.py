@@ -1,5 +1,6 @@
 """Class maps against their definition, and the weights of a patch against what attention does."""
 
+import functools
 import subprocess
 import sys
 import textwrap
@@ -48,10 +49,15 @@ def _predictor(scale=0.3, **fields):
     return Predictor((model, unflatten_dict(flat, sep="/"), card), batch_size=2)
 
 
+@functools.cache
+def _wide():
+    return _predictor(depths=(1, 2, 1, 1))
+
+
 @pytest.fixture(scope="module")
 def wide():
     """A model whose maps are not square, with two heads and two blocks in stage 2."""
-    return _predictor(depths=(1, 2, 1, 1))
+    return _wide()
 
 
 def test_class_maps_of_the_last_stage_are_the_classifier_at_each_place(wide, images):
@@ -90,6 +96,29 @@ def test_the_most_probable_class_is_the_default(wide, images):
     given = explain.class_maps(wide, images, logits.argmax(-1), stage=2)
     np.testing.assert_allclose(explain.class_maps(wide, images, stage=2), given, atol=1e-6)
     np.testing.assert_array_equal(explain.class_maps(wide, images, stage=2), maps)
+
+
+@pytest.mark.parametrize("crop_fraction", [0.5, 0.875, 1.0])
+@pytest.mark.parametrize(("size", "image"), [((32, 48), (90, 40)), ((48, 32), (40, 90))])
+def test_class_maps_of_a_label_are_of_the_image_that_is_shown(crop_fraction, size, image):
+    predictor = _cropping(crop_fraction)
+    photos = np.random.default_rng(1).integers(256, size=(2, *image, 3), dtype=np.uint8)
+    shown = predictor.pixels(list(photos), size)
+    logits, expected = predictor.run(explain.class_map_of(2), shown)
+    maps = explain.class_maps(predictor, list(photos), logits.argmax(-1), stage=2, size=size)
+    np.testing.assert_allclose(maps, expected, atol=1e-6)
+    assert expected.max() > 0
+    (alone,) = explain.class_maps(predictor, photos[1], logits[1].argmax(), stage=2, size=size)
+    np.testing.assert_allclose(alone, expected[1], atol=1e-6)
+
+
+@functools.cache
+def _cropping(crop_fraction):
+    first = _wide()
+    card = {"preprocessing": {**_RECORD, "crop_fraction": crop_fraction}}
+    predictor = Predictor((first.model, first.variables, card), batch_size=2)
+    predictor._programs = first._programs  # the same model, compiled once for all
+    return predictor
 
 
 def test_the_default_stage_has_places_enough(predictor):

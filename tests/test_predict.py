@@ -20,8 +20,11 @@ import pytest
 import vvt_jax
 from vvt_jax import explain, forms, predict
 from vvt_jax.data import overlay
+from vvt_jax.data.image_files import SUFFIXES
 from vvt_jax.data.preprocess import to_rgb
 from vvt_jax.data.sources import open_source
+
+_KINDS = ", ".join(suffix[1:] for suffix in SUFFIXES)
 
 
 @pytest.fixture(scope="module")
@@ -327,14 +330,34 @@ def test_every_kind_of_bad_image_is_told_and_the_rest_goes_on(command, images, t
     assert {path: path.read_bytes() for path in before} == before
 
 
+def test_folders_are_searched_as_training_searches_them(tmp_path):
+    for name in ("photos/a.jpg", "elsewhere/b.PNG", "photos/c.avif", "photos/@eaDir/a.jpg"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_bytes(b"")
+    root = tmp_path / "photos"
+    (root / "linked").symlink_to(tmp_path / "elsewhere")
+    (root / "linked" / "back").symlink_to(root)
+    complaints = []
+    found = list(predict.find_images([str(root)], complaints.append))
+    assert [image.name for image in found] == ["a.jpg", "c.avif", "linked/b.PNG"]
+    assert [image.path for image in found] == [str(root / image.name) for image in found]
+    assert not complaints
+
+
+def test_a_list_of_labels_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "labels.txt").write_text("\ufeffcat\ndog\n", encoding="utf-8")
+    assert predict.read_labels(tmp_path / "labels.txt") == ["cat", "dog"]
+
+
 @pytest.mark.parametrize("kind", ["missing", "empty", "wrong type", "no match"])
 def test_a_bad_folder_is_told(command, images, tmp_path, kind):
     if kind == "wrong type":
         (tmp_path / "notes.txt").write_text("no image")
     given, words = {
         "missing": (f"{tmp_path}/nowhere/", "does not exist."),
-        "empty": (f"{tmp_path}", "has no images (jpg, jpeg, png, webp)."),
-        "wrong type": (f"{tmp_path}", "has no images (jpg, jpeg, png, webp)."),
+        "empty": (f"{tmp_path}", f"has no images ({_KINDS})."),
+        "wrong type": (f"{tmp_path}", f"has no images ({_KINDS})."),
         "no match": (f"{tmp_path}/*.png", "matches nothing."),
     }[kind]
     assert command(given) == (1, "", f"error: {given} {words}\n")
@@ -471,7 +494,7 @@ def test_what_may_not_be_read_or_written_is_told(
         f"error: {tmp_path}/model is not a model folder: it has no readable config.json "
         "(Permission denied).",
         f"error: {tmp_path}/locked can't be read: Permission denied.",
-        f"error: {tmp_path}/locked has no images (jpg, jpeg, png, webp).",
+        f"error: {tmp_path}/locked has no images (jpg, jpeg, jpe, jfif, png, ",
         f"error: {tmp_path}/locked.png can't be read: Permission denied.",
     ]
 

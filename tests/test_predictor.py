@@ -174,7 +174,8 @@ def test_other_formats_are_not_even_tried(predictor, tmp_path):
     # Pillow would run Ghostscript for this one
     path = tmp_path / "picture.jpg"
     path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n")
-    with pytest.raises(BrokenImageError, match="can't be decoded: it is not an image of the format"):
+    words = "can't be decoded: it is not an image of the format"
+    with pytest.raises(BrokenImageError, match=words):
         predictor(path)
 
 

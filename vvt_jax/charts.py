@@ -23,8 +23,9 @@ def write_per_class(path: AnyPath, confusion: np.ndarray, class_names: Sequence[
 
     Args:
         path: of the file.
-        confusion: int `[classes, classes]`; rows are the true classes, columns the predicted ones.
-        class_names: in the order of the labels.
+        confusion: int `[classes, predicted classes]`; rows are the true classes, columns the
+            predicted ones, of which there may be more.
+        class_names: of the columns, in the order of the labels.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -112,7 +113,7 @@ def draw_confusion(path: AnyPath, confusion: np.ndarray, class_names: Sequence[s
 
     Args:
         path: of the file.
-        confusion: as for `write_per_class`.
+        confusion: int `[classes, classes]`; rows are the true classes.
         class_names: in the order of the labels.
 
     Raises:

@@ -19,7 +19,7 @@ from vvt_jax import attention
 from vvt_jax.charts import MissingPackageError
 from vvt_jax.errors import UserError
 from vvt_jax.models import VVT
-from vvt_jax.predictor import Function, ImageLike, Predictor, Size
+from vvt_jax.predictor import Function, ImageLike, Predictor, Size, several
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,12 +60,12 @@ def class_maps(
     function = class_map_of(default_stage(predictor, size) if stage is None else stage)
     if labels is None:
         return predictor.apply(function, images, size=size)[1]
-    pixels = predictor.pixels(images, size)
-    wanted = np.broadcast_to(np.asarray(labels, np.int32), len(pixels))
+    given = list(several(images))
+    wanted = np.broadcast_to(np.asarray(labels, np.int32), len(given))
     classes = predictor.model.num_classes
-    if wanted.min() < 0 or wanted.max() >= classes:
+    if wanted.min(initial=0) < 0 or wanted.max(initial=0) >= classes:
         raise UserError(f"There is no class {labels}: the model has 0 to {classes - 1}.")
-    return predictor.apply(function, list(pixels), wanted, size=size)[1]
+    return predictor.apply(function, given, wanted, size=size)[1]
 
 
 def default_stage(predictor: Predictor, size: Size | None = None) -> int:

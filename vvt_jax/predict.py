@@ -7,9 +7,9 @@
 A segmenter's answer is the classes with the largest shares of an image's pixels; --masks=DIR writes
 the class of every pixel, as a coloured overlay and as a mask of class numbers.
 
-Images are JPEG, PNG or WebP files, folders (with all below them), patterns, or - for a list on
-standard input, a path a line. One that can't be used is told on standard error and the others go
-on; the exit status is then 1.
+Images are files (JPEG, PNG, WebP, BMP, TIFF, GIF, PPM, AVIF, JPEG 2000), folders (with all below
+them), patterns, or - for a list on standard input, a path a line. One that can't be used is told on
+standard error and the others go on; the exit status is then 1.
 """
 
 import argparse
@@ -31,7 +31,7 @@ import numpy as np
 import PIL.Image
 
 from vvt_jax import storage
-from vvt_jax.data import folder
+from vvt_jax.data.image_files import SUFFIXES, list_files
 from vvt_jax.data.sources import BrokenImageError
 from vvt_jax.errors import UserError
 from vvt_jax.storage import SizeLimit
@@ -47,7 +47,8 @@ def read_labels(path: str | os.PathLike) -> list[str]:
         UserError: a file that can't be read, is empty, or is not text.
     """
     try:
-        names = storage.read_text(path, SizeLimit.LABELS).splitlines()
+        text = storage.read_text(path, SizeLimit.LABELS)
+        names = text.removeprefix("\ufeff").splitlines()
     except OSError as error:
         raise UserError(
             f"{path} is no file of class names: it can't be read ({error.strerror})."
@@ -79,7 +80,7 @@ def find_images(arguments: Iterable[str], complain: Callable[[str], None]) -> It
             told = "The list on standard input names no images."
         elif os.path.isdir(argument):
             found = _below(argument, complain)
-            kinds = ", ".join(suffix[1:] for suffix in folder.SUFFIXES)
+            kinds = ", ".join(suffix[1:] for suffix in SUFFIXES)
             told = f"{argument} has no images ({kinds})."
         elif os.path.lexists(argument) or not glob.has_magic(argument):
             if not os.path.exists(argument):
@@ -103,12 +104,8 @@ def _below(root: str, complain: Callable[[str], None]) -> Iterator[_Found]:
     def refuse(error: OSError) -> None:
         complain(f"{error.filename} can't be read: {error.strerror}.")
 
-    for place, folders, files in os.walk(root, onerror=refuse):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if name.lower().endswith(folder.SUFFIXES) and not name.startswith("."):
-                path = os.path.join(place, name)
-                yield _Found(path, os.path.relpath(path, root))
+    for name in list_files(Path(root), on_error=refuse, workdirs=True):
+        yield _Found(os.path.join(root, name), name)
 
 
 @dataclasses.dataclass(frozen=True)

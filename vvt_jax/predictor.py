@@ -11,7 +11,6 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 
 from vvt_jax import parallel, pretrained
 from vvt_jax.data import preprocess, sources
@@ -55,8 +54,8 @@ class Predictor:
 
     Images are paths, PIL images or uint8 arrays `[height, width]` or `[height, width, 1 or 3]`,
     one or several, of any sizes. They are turned upright as their EXIF orientation says and then
-    prepared as evaluation does. Files are JPEG, PNG or WebP; 16 bits, grey, CMYK and palettes are
-    brought to RGB, transparency is dropped.
+    prepared as evaluation does. Files have one of the formats in `vvt_jax.data.image_files`; 16
+    bits, grey, CMYK and palettes are brought to RGB, and transparent parts are shown on white.
 
     Whatever the number of images, a kind of result is compiled once for each input size: batches
     are filled up. They are shared by all devices of this process.
@@ -202,7 +201,7 @@ class Predictor:
         Returns:
             The tree with numpy arrays `[images, ...]`.
         """
-        prepared = (self._raise(pixels) for _, pixels in self.read(_several(images), size))
+        prepared = (self._raise(pixels) for _, pixels in self.read(several(images), size))
         results = []
         for number, batch in enumerate(batched(prepared, self.batch_size)):
             start = number * self.batch_size
@@ -216,7 +215,7 @@ class Predictor:
         self, images: ImageLike | Iterable[ImageLike], size: Size | None = None
     ) -> np.ndarray:
         """What the model sees of images before they are normalised: uint8 `[images, h, w, 3]`."""
-        return np.stack([self._raise(pixels) for _, pixels in self.read(_several(images), size)])
+        return np.stack([self._raise(pixels) for _, pixels in self.read(several(images), size)])
 
     def run(self, function: Function, pixels: np.ndarray, *arrays: np.ndarray) -> Any:
         """The same for one batch that `read` prepared: uint8 `[up to batch_size, h, w, 3]`."""
@@ -298,7 +297,8 @@ def pooled_of(model: VVT, variables: Any, images: Any) -> Any:
     return features_of(model, variables, images)[-1].mean((1, 2), dtype=np.float32)
 
 
-def _several(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:
+def several(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:
+    """The images, also where one alone was given."""
     one = isinstance(images, str | os.PathLike | PIL.Image.Image) or (
         isinstance(images, np.ndarray) and images.ndim < 4
     )
@@ -324,8 +324,6 @@ def _prepare(image: ImageLike, record: Mapping[str, Any]) -> np.ndarray:
             return preprocess.eval_image(decoded, record)
         except UnfitImageError as error:
             raise BrokenImageError(f"{path} can't be used: {error}") from error
-    if isinstance(image, PIL.Image.Image):
-        return preprocess.eval_image(PIL.ImageOps.exif_transpose(image), record)
     return preprocess.eval_image(image, record)
 
 

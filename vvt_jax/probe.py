@@ -124,7 +124,7 @@ def run(model: str, config: ConfigDict, name: str | None = None) -> dict[str, An
             "A probe needs config.data.train_split, and test_split or validation_split."
         )
     train, test = (
-        open_source(data.source, split, data_dir=data.data_dir)
+        open_source(data.source, split, data_dir=data.data_dir, upright=data.upright)
         for split in (data.train_split, measured)
     )
     try:

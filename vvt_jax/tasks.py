@@ -151,11 +151,14 @@ class Classification:
         return measure
 
     def write_tables(self, folder: AnyPath, name: str, confusion: np.ndarray) -> None:
-        names = self.card["class_names"]
-        known = confusion[: len(names), : len(names)]  # the model may have more
-        charts.write_per_class(folder / f"{name}_per_class.csv", known, names)
+        # The model may have more classes than the data has names for, and predict them
+        named = len(self.card["class_names"])
+        names = all_class_names(self.card, self.model.num_classes)
+        charts.write_per_class(folder / f"{name}_per_class.csv", confusion[:named], names)
+        kept = [i for i in range(len(names)) if i < named or confusion[:, i].any()]
+        shown, shown_names = confusion[np.ix_(kept, kept)], [names[i] for i in kept]
         try:
-            charts.draw_confusion(folder / f"{name}_confusion.png", known, names)
+            charts.draw_confusion(folder / f"{name}_confusion.png", shown, shown_names)
         except charts.MissingPackageError as error:
             print(error)
 
@@ -268,21 +271,24 @@ class Segmentation:
 
     def _compare(self, batch: Mapping[str, np.ndarray]) -> PIL.Image.Image:
         images, truths, predictions = [], [], []
+        names = all_class_names(self.card, self.model.num_classes)
         for i in range(min(_SHOWN, int(batch["mask"].sum()))):
             height, width = batch["own_size"][i]
             images.append(PIL.Image.fromarray(batch["image"][i]).resize((width, height)))
             truths.append(batch["segmentation"][i, :height, :width])
             predictions.append(batch["found"][i, :height, :width])
-        return overlay.draw_comparison(images, truths, predictions, self._all_names())
-
-    def _all_names(self) -> list[str]:
-        names = self.card["class_names"]
-        return [*names, *(f"class {i}" for i in range(len(names), self.model.num_classes))]
+        return overlay.draw_comparison(images, truths, predictions, names)
 
     def write_tables(self, folder: AnyPath, name: str, confusion: np.ndarray) -> None:
         charts.write_per_class_iou(
             folder / f"{name}_per_class_iou.csv", confusion, self.card["class_names"]
         )
+
+
+def all_class_names(card: Mapping[str, Any], num_classes: int) -> list[str]:
+    """A name for each class of a model, which may have more than the card has names for."""
+    names = card["class_names"]
+    return [*names, *(f"class {i}" for i in range(len(names), num_classes))]
 
 
 def make_task(config: ConfigDict, source: Source) -> Task:

@@ -19,6 +19,7 @@ from vvt_jax.checkpoint import Best, Checkpoints, check_folder
 from vvt_jax.configuration import ConfigError
 from vvt_jax.data import imagenet_sets
 from vvt_jax.data.loader import BrokenImages, train_batches
+from vvt_jax.data.mask_survey import survey_masks
 from vvt_jax.data.sources import Source, open_source
 from vvt_jax.errors import UserError, telling_of_full_disks
 from vvt_jax.finetune import initial_variables
@@ -73,9 +74,10 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
     may_write = config.mode == "train" or workdir.exists()
     sources = _open_sources(config.data, workdir / "offsets" if may_write else None)
     run = _Run(config, sources)
+    data_lines = run.describe_data()
     if config.mode == "eval":
         configuration.settle(config, workdir)
-        return _evaluate_only(run, config, workdir)
+        return _evaluate_only(run, config, workdir, data_lines)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(telling_of_full_disks(workdir))
@@ -100,7 +102,12 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
         reporter = stack.enter_context(
             make_reporter(workdir, start_step=step, total_steps=run.total_steps)
         )
-        for line in [*told, run.describe(), *run.describe_layout(workdir / "layout.txt")]:
+        for line in [
+            *told,
+            *data_lines,
+            run.describe(),
+            *run.describe_layout(workdir / "layout.txt"),
+        ]:
             reporter.say(line)
         if step:
             reporter.say(f"Resumed at step {step} of {run.total_steps}.")
@@ -271,6 +278,21 @@ class _Run:
             f"logs every {log}, evaluates every {measure}, saves every {save}."
             + ("" if self._peak_flops else " Model-FLOPs utilisation: unknown for these devices.")
         )
+
+    def describe_data(self) -> list[str]:
+        """The data in a line, what of it is not used, and in training what the masks contain.
+
+        Raises:
+            DataError: masks that can't be learnt from.
+        """
+        train = self._sources["train"]
+        counts = [f"{part} {len(source.examples)}" for part, source in self._sources.items()]
+        told = [f"{train.name}: {train.num_classes} classes; images: {', '.join(counts)}."]
+        for source in self._sources.values():
+            told += [line for line in source.left_out if line not in told]
+        if train.pixels and self._config.mode == "train":
+            told += survey_masks(train).sentences(train.class_names)
+        return told
 
     def describe_layout(self, path: AnyPath) -> list[str]:
         """The mesh and its forms, and what each of several devices holds; all of that in a file."""
@@ -488,6 +510,7 @@ class _Run:
             self._model.num_classes,
             data_dir=data.data_dir if data.source.startswith("tfds:") else None,
             cache_dir=cache_dir,
+            upright=data.upright,
         )
 
     def evaluate_also(
@@ -526,7 +549,13 @@ def _open_sources(data: ConfigDict, cache_dir: AnyPath | None = None) -> dict[st
         "test": data.test_split,
     }
     sources = {
-        part: open_source(data.source, split, data_dir=data.data_dir, cache_dir=cache_dir)
+        part: open_source(
+            data.source,
+            split,
+            data_dir=data.data_dir,
+            cache_dir=cache_dir,
+            upright=data.upright,
+        )
         for part, split in splits.items()
         if split
     }
@@ -549,7 +578,9 @@ def _weights(state: TrainState, prefix: str) -> list[tuple[str, bool]]:
     return [(prefix, False)] + ([(f"{prefix}_ema", True)] if state.ema is not None else [])
 
 
-def _evaluate_only(run: _Run, config: ConfigDict, workdir: AnyPath) -> dict[str, float]:
+def _evaluate_only(
+    run: _Run, config: ConfigDict, workdir: AnyPath, data_lines: Sequence[str]
+) -> dict[str, float]:
     also = run.open_also(workdir / "offsets" if workdir.exists() else None)
     if config.init_from:
         state, told = run.start_from(config.init_from, run.init_state(), keep_head=True)
@@ -576,5 +607,5 @@ def _evaluate_only(run: _Run, config: ConfigDict, workdir: AnyPath) -> dict[str,
             kind = name.removesuffix("/mce")
             told.append(f"step {step}: {kind} mean corruption error {value:.2%}")
     told.append(f"All measurements, and what each class is taken for, are in {folder}.")
-    print(*told, sep="\n")
+    print(*data_lines, *told, sep="\n")
     return metrics

@@ -3,7 +3,7 @@
     pip install -e '.[serve]'
     python -m experiments.serving.app --model=experiments/weights/digits
 
-`POST /predict` takes the bytes of a JPEG, PNG or WebP image and answers with JSON:
+`POST /predict` takes the bytes of an image (see `vvt_jax.data.image_files`) and answers with JSON:
 `{"classes": [{"name": ..., "probability": ...}, ...], "heatmap": "data:image/png;base64,..."}`, or
 `{"error": "One sentence."}` with a status of 400 and more. An image stays in memory: nothing of a
 request is written to a disk, and no path of one is looked up there.
@@ -233,7 +233,7 @@ def _is_large(body: bytes) -> bool:
 def _sentence(error: ValueError) -> str:
     cause = error.__cause__
     if isinstance(cause, PIL.UnidentifiedImageError):  # its text tells an address in memory
-        return "This is no JPEG, PNG or WebP image."
+        return "This is not an image of a format that is read here."
     if isinstance(cause, PIL.Image.DecompressionBombWarning | PIL.Image.DecompressionBombError):
         return (
             f"The image has more than {MOST_PIXELS / 1e6:.0f} million pixels: send a smaller one."

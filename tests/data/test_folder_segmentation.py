@@ -3,6 +3,8 @@
 import io
 import os
 import pickle
+import struct
+import zlib
 
 import numpy as np
 import PIL.EpsImagePlugin
@@ -10,6 +12,8 @@ import PIL.Image
 import pytest
 
 from vvt_jax.data import segmentation
+from vvt_jax.data.folder_segmentation import decode_mask
+from vvt_jax.data.mask_survey import survey_masks
 from vvt_jax.data.overlay import index_mask
 from vvt_jax.data.preprocess import UnfitImageError
 from vvt_jax.data.sources import BrokenImageError, DataError, open_source
@@ -143,3 +147,149 @@ def test_a_line_of_pixels_is_replaced_in_training_and_refused_where_it_can_be_on
     settings = {"scale": (0.5, 2.0), "class_share": 0.75, "flip": True, "photometric": True}
     with pytest.raises(UnfitImageError, match="20000 x 1 pixels is too long and narrow"):
         segmentation.train_example(example, np.random.default_rng(0), record, settings)
+
+
+def _grey_png(path, rows, bits):
+    """A grey PNG file of that many bits a pixel, which Pillow doesn't write."""
+
+    def chunk(kind, data):
+        content = kind + data
+        return len(data).to_bytes(4, "big") + content + zlib.crc32(content).to_bytes(4, "big")
+
+    per_byte = 8 // bits
+    lines = b""
+    for row in rows:
+        padded = [*row, *[0] * (-len(row) % per_byte)]
+        groups = [padded[i : i + per_byte] for i in range(0, len(padded), per_byte)]
+        packed = [sum(v << (8 - bits * (i + 1)) for i, v in enumerate(g)) for g in groups]
+        lines += b"\0" + bytes(packed)
+    header = struct.pack(">IIBBBBB", len(rows[0]), len(rows), bits, 0, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_grey_masks_of_few_bits_have_the_numbers_that_are_stored(tmp_path, bits):
+    rows = [[0, 1, 2**bits - 1 if bits < 8 else 15], [1, 0, 1]]
+    _grey_png(tmp_path / "mask.png", rows, bits)
+    assert decode_mask(tmp_path / "mask.png", "it", 16).tolist() == rows
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_masks_belong_to_the_image_as_it_is_displayed(root, orientation):
+    exif = PIL.Image.Exif()
+    exif[PIL.ExifTags.Base.Orientation] = orientation
+    upright = np.zeros((4, 6), np.uint8)
+    upright[0, :2] = upright[1, 0] = 1  # unlike itself, however it is turned or mirrored
+    upright[0, 2] = 1
+    stored = PIL.Image.fromarray(upright)
+    for turn in range(8):  # what `exif_transpose` undoes
+        candidate = stored.transpose(PIL.Image.Transpose(turn)) if turn < 7 else stored
+        candidate.info["exif"] = exif.tobytes()
+        if np.array_equal(np.asarray(PIL.ImageOps.exif_transpose(candidate)), upright):
+            break
+    for part in ("images", "masks"):
+        (root / part).mkdir()
+        candidate.convert("RGB").save(root / "images" / f"{part}.png", exif=exif)
+    stored.save(root / "masks" / "images.png")  # labelled as displayed
+    candidate.save(root / "masks" / "masks.png", exif=exif)  # turned by its own orientation
+    for i in range(2):
+        example = _open(root).examples[i]
+        np.testing.assert_array_equal(example["label"], upright)
+        assert example["image"].size == (6, 4)
+
+
+def test_a_mask_of_the_stored_image_is_refused_with_the_reason(root):
+    _write(root, mask=PIL.Image.new("L", (6, 4)))
+    exif = PIL.Image.Exif()
+    exif[PIL.ExifTags.Base.Orientation] = 6
+    PIL.Image.new("RGB", (6, 4)).save(root / "images" / "a.jpg", exif=exif)
+    with pytest.raises(BrokenImageError, match="4x6 once it is turned as its EXIF orientation"):
+        _ = _open(root).examples[0]
+    source = open_source("folder_segmentation", "train", data_dir=str(root), upright=False)
+    assert source.examples[0]["image"].size == (6, 4)
+
+
+@pytest.mark.parametrize("other", ["EPS", "BMP"])
+def test_a_mask_in_another_format_is_not_decoded(root, other):
+    _write(root)
+    PIL.Image.new("L", (6, 4)).save(root / "masks" / "a.png", other)
+    with pytest.raises(BrokenImageError, match=r"a\.png can't be decoded"):
+        _ = _open(root).examples[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "names"),
+    [
+        ("\ufeffsky\nroad\n", ("sky", "road")),
+        ("sky\r\n road \n\n \n", ("sky", "road")),
+        ("\nsky\nroad\n", "blank line 1, which would be the name of class 0"),
+        ("sky\n\nroad\n", "blank line 2"),
+        ("sky\nroad\nsky\n", "the class 'sky' twice"),
+        ("\n\n", "has 0 classes"),
+    ],
+)
+def test_class_names_stand_on_their_lines(root, content, names):
+    _write(root)
+    (root / "classes.txt").write_text(content, encoding="utf-8")
+    if isinstance(names, tuple):
+        assert _open(root).class_names == names
+    else:
+        with pytest.raises(DataError, match=names):
+            _open(root)
+
+
+def test_two_images_for_one_mask_are_refused(root):
+    _write(root, suffix="jpg")
+    _write(root, suffix="png")
+    with pytest.raises(DataError, match=r"a\.jpg and .*a\.png have the same name"):
+        _open(root)
+
+
+def test_nested_folders_and_what_is_left_out(root):
+    for part, suffix in (("images", "tif"), ("masks", "png")):
+        (root / part / "city").mkdir(parents=True)
+        PIL.Image.new("L", (6, 4)).save(root / part / "city" / f"a.{suffix}")
+    _write(root, "b")
+    PIL.Image.new("L", (6, 4)).save(root / "masks" / "spare.png")
+    (root / "images" / "list.csv").write_text("")
+    source = _open(root)
+    assert len(source.examples) == 2
+    assert source.examples[1]["label"].shape == (4, 6)
+    told = " ".join(source.left_out)
+    assert "1 masks without an image" in told
+    assert "1 .csv" in told
+
+
+def _masks(root, *values):
+    for i, value in enumerate(values):
+        _write(root, f"{i:04}", PIL.Image.fromarray(np.array([value], np.uint8)), size=(2, 1))
+    return _open(root)
+
+
+def test_classes_without_a_mask_and_ignored_pixels_are_reported(root):
+    (root / "classes.txt").write_text("sky\nroad\ncar\n")
+    source = _masks(root, [0, 255], [0, 1], [255, 255])
+    assert survey_masks(source).sentences(source.class_names) == [
+        "50.0% of the pixels of 3 masks are ignored (255).",
+        "None of these masks has the class car.",
+    ]
+
+
+def test_masks_of_one_class_are_refused(root):
+    with pytest.raises(DataError, match=r"have the class 'sky' alone, and 50\.0% of their pixels"):
+        survey_masks(_masks(root, [0, 255], [0, 255]))
+
+
+def test_a_sample_of_masks_is_read_and_the_others_only_for_a_second_class(root, monkeypatch):
+    monkeypatch.setattr("vvt_jax.data.mask_survey._MOST", 2)
+    monkeypatch.setattr("vvt_jax.data.mask_survey._AT_ONCE", 1)
+    seen = survey_masks(_masks(root, [0, 0], [0, 0], [0, 1], [0, 0], [0, 0]))
+    assert (seen.read, seen.examples) == (4, 5)  # the first, the last, and up to the second class
+    assert "4 of 5 masks, a sample, are ignored" in seen.sentences(["sky", "road"])[0]
+
+
+def test_a_mask_that_cannot_be_decoded_is_left_to_the_loader(root):
+    source = _masks(root, [0, 1], [0, 1])
+    (root / "masks" / "0001.png").write_bytes(b"no picture")
+    assert survey_masks(source).read == 1

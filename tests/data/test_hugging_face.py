@@ -162,6 +162,21 @@ def test_a_missing_image_is_named(tmp_path):
         source.examples[1]
 
 
+@pytest.mark.parametrize("label", [None, -1])
+@pytest.mark.parametrize("unlabelled", [(0, 1, 2), (2,)])
+def test_examples_without_a_label_are_refused(tmp_path, label, unlabelled):
+    _made(range(3)).map(
+        lambda row, i: {"kind": label if i in unlabelled else row["kind"]}, with_indices=True
+    ).save_to_disk(tmp_path / "gaps")
+    words = (
+        r"The examples of 'huggingface:gaps', split 'train', have no labels"
+        if len(unlabelled) == 3
+        else rf"Image 2 of 'huggingface:gaps', split 'train', has the label {label}, but .*: 1 of 3"
+    )
+    with pytest.raises(DataError, match=words):
+        open_source("huggingface:gaps", "train", data_dir=str(tmp_path))
+
+
 def test_images_are_turned_as_the_package_turns_them(tmp_path):
     image = PIL.Image.fromarray(np.arange(60, dtype=np.uint8).reshape(4, 5, 3))
     exif = PIL.Image.Exif()

@@ -50,14 +50,86 @@ def test_to_rgb_of_any_mode(mode):
     assert (rgb.mode, rgb.size) == ("RGB", (9, 8))
 
 
-def test_to_rgb_drops_transparency():
+def _on_white(rgba):
+    share = rgba[..., 3:].astype(float) / 255
+    return rgba[..., :3] * share + 255 * (1 - share)
+
+
+def test_to_rgb_shows_transparent_parts_on_white():
     pixels = _noise(8, 9, 4)
-    rgb = preprocess.to_rgb(PIL.Image.fromarray(pixels))
-    np.testing.assert_array_equal(np.asarray(rgb), pixels[..., :3])
+    pixels[0, :, 3] = 0
+    rgb = np.asarray(preprocess.to_rgb(PIL.Image.fromarray(pixels)))
+    assert (rgb[0] == 255).all()
+    np.testing.assert_allclose(rgb, _on_white(pixels), atol=1)
     palette = _palette_with_transparency()
     assert palette.mode == "P"
-    expected = np.asarray(palette.convert("RGBA"))[..., :3]
-    np.testing.assert_array_equal(np.asarray(preprocess.to_rgb(palette)), expected)
+    expected = _on_white(np.asarray(palette.convert("RGBA")))
+    np.testing.assert_allclose(np.asarray(preprocess.to_rgb(palette)), expected, atol=1)
+
+
+@pytest.mark.parametrize(
+    ("mode", "hidden", "clear"),
+    [("RGB", (9, 8, 7), (9, 8, 7)), ("L", 9, 9), ("I;16", 2313, 2313), ("1", 0, 0)],
+)
+def test_one_transparent_colour_is_white(mode, hidden, clear):
+    image = PIL.Image.new(mode, (4, 3), hidden)
+    file = io.BytesIO()
+    image.save(file, "PNG", transparency=clear)
+    rgb = preprocess.to_rgb(PIL.Image.open(file))
+    assert (np.asarray(rgb) == 255).all()
+
+
+@pytest.mark.parametrize("mode", ["LA", "La", "PA", "RGBa"])
+def test_other_modes_with_transparency_are_white_where_nothing_is(mode):
+    clear = PIL.Image.new("LA" if "L" in mode else "RGBA", (4, 3))
+    assert (np.asarray(preprocess.to_rgb(clear.convert(mode))) == 255).all()
+
+
+def _oriented(orientation, size=(6, 4), image_format="PNG"):
+    """An image whose pixels all differ, as a file with that orientation, opened."""
+    width, height = size
+    pixels = np.arange(width * height * 3, dtype=np.uint8).reshape(height, width, 3)
+    exif = PIL.Image.Exif()
+    exif[PIL.ExifTags.Base.Orientation] = orientation
+    file = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(file, image_format, exif=exif, lossless=True)
+    file.seek(0)
+    return PIL.Image.open(file), pixels
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_upright_once(orientation, image_format):
+    opened, _ = _oriented(orientation, image_format=image_format)
+    expected = np.asarray(PIL.ImageOps.exif_transpose(opened))
+    rgb = preprocess.to_rgb(_oriented(orientation, image_format=image_format)[0])
+    np.testing.assert_array_equal(np.asarray(rgb), expected)
+    np.testing.assert_array_equal(np.asarray(preprocess.to_rgb(rgb)), expected)
+
+
+def test_images_can_be_left_as_they_are_stored():
+    opened, pixels = _oriented(6)
+    rgb = preprocess.to_rgb(opened, upright=False)
+    np.testing.assert_array_equal(np.asarray(preprocess.to_rgb(rgb)), pixels)
+
+
+def test_preprocess_follows_the_orientation_of_a_pil_image():
+    record = {"size": [6, 4], "crop_fraction": 1.0, "interpolation": "nearest"}
+    card = {"preprocessing": {**record, "mean": [0.0] * 3, "std": [1.0] * 3}}
+    opened, pixels = _oriented(6)
+    found = preprocess.preprocess(opened, card)[0]
+    np.testing.assert_allclose(found, np.rot90(pixels, -1).astype(np.float32) / 255, rtol=1e-6)
+
+
+def test_damaged_exif_data_says_nothing():
+    image = PIL.Image.new("RGB", (4, 3), (1, 2, 3))
+    image.info["exif"] = b"Exif\x00\x00no header"
+    assert preprocess.to_rgb(image).getpixel((0, 0)) == (1, 2, 3)
+
+
+def test_grey_ppm_files_of_sixteen_bits_keep_the_brightness():
+    file = io.BytesIO(b"P5 2 1 65535\n" + bytes([128, 0, 1, 255]))
+    assert np.asarray(preprocess.to_rgb(PIL.Image.open(file)))[0, :, 0].tolist() == [128, 1]
 
 
 def test_to_rgb_of_sixteen_bits_keeps_the_brightness():

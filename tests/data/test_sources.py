@@ -18,7 +18,7 @@ import pytest
 from etils import epath
 
 from vvt_jax import storage
-from vvt_jax.data import sources
+from vvt_jax.data import prepared, sources
 
 ArrayRecordReader = pytest.importorskip("array_record.python.array_record_module").ArrayRecordReader
 tfds = pytest.importorskip("tensorflow_datasets")
@@ -142,6 +142,48 @@ def test_tfds_examples(data_dir):
         assert example["image"].getcolors() == [(width * height, colour)]
         seen.add(index)
     assert seen == set(range(40))
+
+
+class _Records:
+    """What `_PreparedExamples` needs of tfds: one record, as its features would parse it."""
+
+    def __init__(self, label, num_classes, several=False, **image):
+        kind = tfds.features.ClassLabel(num_classes=num_classes)
+        self._features = {"label": tfds.features.Sequence(kind) if several else kind}
+        file = io.BytesIO()
+        PIL.Image.new("RGB", (6, 4)).save(file, "JPEG", **image)
+        self._example = {"image": file.getvalue(), "label": label}
+
+    def __contains__(self, key):
+        return key in self._features
+
+    def __getitem__(self, key):
+        return self._features[key]
+
+    def deserialize_example_np(self, record, decoders):
+        del record, decoders
+        return self._example
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("label", [-1, 10, 99])
+def test_tfds_labels_out_of_range_are_named(label, several):
+    features = _Records([0, label] if several else label, 10, several)
+    examples = prepared._PreparedExamples([b""], features, "label", "'x', split 'y'", True)
+    with pytest.raises(
+        sources.DataError, match=rf"Image 0 of 'x', split 'y' has the label {label}"
+    ):
+        _ = examples[0]
+
+
+@pytest.mark.parametrize(("upright", "size"), [(True, (4, 6)), (False, (6, 4))])
+def test_tfds_images_follow_their_orientation_unless_the_recipe_does_not(upright, size):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    features = _Records(3, 10, exif=exif)
+    examples = prepared._PreparedExamples([b""], features, "label", "'x', split 'y'", upright)
+    example = examples[0]
+    assert (example["image"].size, example["label"]) == (size, 3)
 
 
 def test_tfds_split_slices_are_disjoint_and_complete(data_dir):

@@ -160,7 +160,7 @@ def test_what_is_no_image_is_refused(page, digit):
     content, _ = digit
     other = io.BytesIO()
     PIL.Image.new("RGB", (32, 32)).save(other, "GIF")
-    no_image = (400, "This is no JPEG, PNG or WebP image.")
+    no_image = (400, "This is not an image of a format that is read here.")
     assert _refusal(page, b"no image") == no_image
     assert _refusal(page, other.getvalue()) == no_image
     assert _refusal(page, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n") == no_image
@@ -191,7 +191,7 @@ def test_a_large_request_is_refused_whatever_it_says(page):
     # what goes beyond the length that it says is no part of it
     head = b"POST /predict HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 8\r\n\r\n"
     refused = page.send(head + b"no image" + bytes(100))
-    assert refused == (400, {"error": "This is no JPEG, PNG or WebP image."})
+    assert refused == (400, {"error": "This is not an image of a format that is read here."})
 
 
 def test_a_request_that_never_ends_is_given_up(page):

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vvt_jax.data import sources
 from vvt_jax.data.sources import BrokenImageError, DataError
 
@@ -14,11 +16,12 @@ from vvt_jax.data.sources import BrokenImageError, DataError
 class _HuggingFaceExamples:
     """Rows of memory-mapped Arrow files; images are decoded here, as those of other sources."""
 
-    def __init__(self, rows: Any, image: str, label: str, told: str):
+    def __init__(self, rows: Any, image: str, label: str, told: str, upright: bool):
         self._rows = rows
         self._image = image
         self._label = label
         self._told = told
+        self._upright = upright
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -31,12 +34,13 @@ class _HuggingFaceExamples:
         if path := file["path"]:
             told += f" ({path})"
         opened = path if file["bytes"] is None else io.BytesIO(file["bytes"])
-        # `datasets` turns images as their EXIF orientation says
-        image = sources.decode(opened, told, upright=True)
+        image = sources.decode(opened, told, upright=self._upright)
         return {"image": image, "label": row[self._label]}
 
 
-def open_hugging_face(name: str, split: str, data_dir: str | None) -> sources.Source:
+def open_hugging_face(
+    name: str, split: str, data_dir: str | None, *, upright: bool = True
+) -> sources.Source:
     """A split of a data set of the package `datasets`; see `sources.open_source`."""
     try:
         import datasets
@@ -68,11 +72,30 @@ def open_hugging_face(name: str, split: str, data_dir: str | None) -> sources.So
             for part in parts
         ]
     )
-    # An unlabelled test split has the label -1, or none
-    if len(rows) and (rows[0][label] is None or rows[0][label] < 0):
-        raise DataError(f"The examples of {name!r}, split {split!r}, have no labels.")
-    examples = _HuggingFaceExamples(rows, image, label, f"{name!r}, split {split!r}")
-    return sources.Source(examples, tuple(first.features[label].names), name, split)
+    told = f"{name!r}, split {split!r}"
+    names = tuple(first.features[label].names)
+    _check_labels(rows.select_columns([label]), len(names), told)
+    examples = _HuggingFaceExamples(rows, image, label, told, upright)
+    return sources.Source(examples, names, name, split)
+
+
+def _check_labels(rows: Any, num_classes: int, told: str) -> None:
+    """Refuses labels that are missing (None or -1, as in unlabelled test splits) or no class."""
+    if not len(rows):
+        return
+    column = rows.with_format("arrow")[:].column(0)
+    labels = column.fill_null(-1).to_numpy()
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if not len(wrong):
+        return
+    if len(wrong) == len(labels) and labels.max() < 0:
+        raise DataError(f"The examples of {told}, have no labels.")
+    index = int(wrong[0])
+    raise DataError(
+        f"Image {index} of {told}, has the label {column[index].as_py()}, but there are "
+        f"{num_classes} classes, from 0 on: {len(wrong)} of {len(labels)} examples have such a "
+        "label and have to be taken out, for example by the data set's filter."
+    )
 
 
 def _only(name: str, features: Any, kind: type) -> str:

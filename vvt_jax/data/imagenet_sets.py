@@ -67,6 +67,7 @@ def open_sets(
     *,
     data_dir: str | None,
     cache_dir: AnyPath | None = None,
+    upright: bool = True,
 ) -> list[EvaluationSet]:
     """Opens sets by tfds's names; of `imagenet2012_corrupted` all 15 corruptions by 5 severities.
 
@@ -78,7 +79,7 @@ def open_sets(
             model's classes, the model chooses among these.
         class_names: the model's classes, WordNet numbers or the words for them.
         num_classes: the model's outputs, as many or more.
-        data_dir, cache_dir: as for `sources.open_source`.
+        data_dir, cache_dir, upright: as for `sources.open_source`.
 
     Raises:
         DataError: a set is missing, or has classes that the model doesn't know.
@@ -86,7 +87,7 @@ def open_sets(
     corruptions = [part for kind in ALEXNET_ERRORS for part in _corrupted(kind)]
     parts = [part for name in names for part in (corruptions if name == CORRUPTED else [name])]
     labels = {name: label for label, name in enumerate(readable_class_names(class_names))}
-    return [_open(name, labels, num_classes, data_dir, cache_dir) for name in parts]
+    return [_open(name, labels, num_classes, data_dir, cache_dir, upright) for name in parts]
 
 
 def _open(
@@ -95,6 +96,7 @@ def _open(
     num_classes: int,
     data_dir: str | None,
     cache_dir: AnyPath | None,
+    upright: bool,
 ) -> EvaluationSet:
     family = name.partition(":")[0].partition("/")[0]
     split = "validation" if family in _VALIDATION else "test"
@@ -106,6 +108,7 @@ def _open(
         cache_dir,
         label="real_label" if real else "label",
         several=real,
+        upright=upright,
     )
     names = set(source.class_names)
     if letter := _SUBSETS.get(family):

@@ -37,6 +37,7 @@ class _PreparedExamples:
         features: Any,
         label: str,
         told: str,
+        upright: bool,
     ):
         """`parts` has each file's path and how many of the records are from it, in their order."""
         self._records = records
@@ -45,6 +46,9 @@ class _PreparedExamples:
         self._features = features
         self._label = label
         self._told = told
+        self._upright = upright
+        label_feature = features["segmentation" if "segmentation" in features else label]
+        self._num_classes = getattr(label_feature, "feature", label_feature).num_classes
         self._decoders = [key for key in ("image", "segmentation") if key in features]
 
     def __len__(self) -> int:
@@ -81,13 +85,27 @@ class _PreparedExamples:
         if "file_name" in example:
             told += f" ({bytes(example['file_name']).decode(errors='replace')})"
         if "segmentation" in self._features:
-            classes = self._features["segmentation"].num_classes
-            file = io.BytesIO(example["segmentation"])
-            label: Any = decode_mask(file, f"The mask of {told}", classes)
+            label: Any = self._mask(example, told)
         else:
-            label = example[self._label]
-            label = np.asarray(label, np.int64) if np.ndim(label) else int(label)
-        return {"image": sources.decode(io.BytesIO(example["image"]), told), "label": label}
+            labels = np.asarray(example[self._label], np.int64)
+            wrong = labels[(labels < 0) | (labels >= self._num_classes)]
+            if wrong.size:
+                raise DataError(
+                    f"{told} has the label {wrong.flat[0]}, but there are {self._num_classes} "
+                    "classes, from 0 on: prepare the data again without such examples."
+                )
+            label = labels if labels.ndim else int(labels)
+        file = io.BytesIO(example["image"])
+        return {"image": sources.decode(file, told, upright=self._upright), "label": label}
+
+    def mask(self, index: int) -> np.ndarray:
+        """The mask alone, of examples whose pixels have labels: uint8 `[height, width]`."""
+        return self._mask(self.encoded(index), f"Image {index} of {self._told}")
+
+    def _mask(self, example: dict[str, Any], told: str) -> np.ndarray:
+        classes = self._features["segmentation"].num_classes
+        file = io.BytesIO(example["segmentation"])
+        return decode_mask(file, f"The mask of {told}", classes, upright=self._upright)
 
 
 def open_prepared(
@@ -98,6 +116,7 @@ def open_prepared(
     *,
     label: str = "label",
     several: bool = False,
+    upright: bool = True,
 ) -> sources.Source:
     """A split of a data set that tfds prepared; see `sources.open_source`.
 
@@ -162,7 +181,8 @@ def open_prepared(
     used = tfds.features.FeaturesDict(
         {key: features[key] for key in ("image", label, "file_name") if key in features}
     )
-    examples = _PreparedExamples(records, counts, used, label, f"{name!r}, split {split!r}")
+    told = f"{name!r}, split {split!r}"
+    examples = _PreparedExamples(records, counts, used, label, told, upright)
     # tfds gives the examples of an unlabelled test split the label -1.
     if not pixels and len(examples) and np.any(np.asarray(examples.encoded(0)[label]) < 0):
         raise DataError(f"The examples of {name!r}, split {split!r}, have no labels.")

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 
 from vvt_jax.errors import UserError
@@ -27,6 +28,15 @@ _LARGEST_WHERE_ASKED_FOR = 2**27  # pixels, where the model's input itself is la
 _LARGEST_SIDE = 2**14  # pixels
 _LONGEST_COVER = 2**15  # pixels
 _SMALLEST_STD, _LARGEST_STD = 1e-3, 10
+_TURNS = {  # from an EXIF orientation to what shows the image upright
+    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+    3: PIL.Image.Transpose.ROTATE_180,
+    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+    5: PIL.Image.Transpose.TRANSPOSE,
+    6: PIL.Image.Transpose.ROTATE_270,
+    7: PIL.Image.Transpose.TRANSVERSE,
+    8: PIL.Image.Transpose.ROTATE_90,
+}
 _FIELDS = ("size", "crop_fraction", "interpolation", "mean", "std")
 
 
@@ -119,31 +129,50 @@ def resampling(interpolation: str) -> PIL.Image.Resampling:
     return INTERPOLATIONS[interpolation]
 
 
-def to_rgb(image: PIL.Image.Image | np.ndarray) -> PIL.Image.Image:
-    """An RGB image; transparency is dropped, not blended.
+def orientation(image: PIL.Image.Image) -> int:
+    """The EXIF orientation of an image, 1 to 8; 1, which is upright, if it says none."""
+    try:
+        found = image.getexif().get(PIL.ExifTags.Base.Orientation, 1)
+        return found if found in _TURNS else 1
+    except Exception:  # EXIF data that can't be parsed says nothing, and the pixels may be sound
+        return 1
+
+
+def turn_upright(image: PIL.Image.Image) -> PIL.Image.Image:
+    """The image as its EXIF orientation shows it; the result has no orientation of its own."""
+    image.load()
+    if (turn := _TURNS.get(orientation(image))) is None:
+        return image
+    return _without_orientation(image.transpose(turn))
+
+
+def _without_orientation(image: PIL.Image.Image) -> PIL.Image.Image:
+    """A copy with the same pixels."""
+    copy = image.copy()
+    copy.info = {key: copy.info[key] for key in ("transparency",) if key in copy.info}
+    return copy
+
+
+def to_rgb(image: PIL.Image.Image | np.ndarray, *, upright: bool = True) -> PIL.Image.Image:
+    """An RGB image, transparent parts on white.
+
+    The result has no EXIF orientation of its own, so that a second call does not turn it again.
 
     Args:
         image: a PIL image, or a uint8 array `[height, width]`, `[height, width, 1]` or
             `[height, width, 3]`.
+        upright: turn a PIL image as its EXIF orientation says.
 
     Raises:
         ValueError: another type or shape, or a PIL image whose range of values isn't known.
     """
     if isinstance(image, PIL.Image.Image):
-        if image.mode == "RGB":
-            return image  # `convert` would copy it; transparency of this mode is one colour's
-        if image.mode.startswith("I;16"):
-            # Pillow would clip 16 bits to 8, leaving a white image.
-            return PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-        if image.mode in ("I", "F"):
-            raise ValueError(
-                f"An image of mode {image.mode!r} has no fixed range of values: convert it to "
-                "8 bits first."
-            )
-        # By way of RGBA, because Pillow warns about palettes with transparency otherwise.
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-        return image.convert("RGB")
+        image.load()  # which turns a TIFF file upright and takes its orientation away
+        rgb = _blended(image)
+        if orientation(image) == 1:
+            return rgb
+        turn = _TURNS[orientation(image)]
+        return _without_orientation(rgb.transpose(turn) if upright else rgb)
     if not isinstance(image, np.ndarray):
         raise ValueError(f"An image must be a PIL image or a numpy array, not {type(image)}.")
     if image.dtype != np.uint8:
@@ -156,6 +185,36 @@ def to_rgb(image: PIL.Image.Image | np.ndarray) -> PIL.Image.Image:
             f"not {list(image.shape)}."
         )
     return PIL.Image.fromarray(image).convert("RGB")
+
+
+def _blended(image: PIL.Image.Image) -> PIL.Image.Image:
+    """In RGB, transparent parts on white; not turned."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image  # `convert` would copy it
+    sixteen_bits = image.mode.startswith("I;16") or (
+        # Pillow gives a PPM file with more than 8 bits this mode, and scales it to 16
+        image.mode == "I" and image.format == "PPM"
+    )
+    if sixteen_bits:
+        values = np.asarray(image)
+        # Pillow would clip 16 bits to 8, leaving a white image.
+        grey = (values >> 8).astype(np.uint8)
+        if isinstance(clear := image.info.get("transparency"), int):
+            grey[values == clear] = 255
+        return PIL.Image.fromarray(grey).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"An image of mode {image.mode!r} has no fixed range of values: convert it to "
+            "8 bits first."
+        )
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    if image.mode == "La":  # which Pillow converts to LA only
+        image = image.convert("LA")
+    rgba = image.convert("RGBA")
+    white = PIL.Image.new("RGB", rgba.size, "white")
+    white.paste(rgba, mask=rgba.getchannel("A"))
+    return white
 
 
 def eval_image(image: PIL.Image.Image | np.ndarray, record: Mapping[str, Any]) -> np.ndarray:

@@ -12,16 +12,13 @@ from collections.abc import Sequence
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
-import PIL.ExifTags
 import PIL.Image
-import PIL.ImageOps
 
 from vvt_jax import storage
 from vvt_jax.data import preprocess
+from vvt_jax.data.image_files import FORMATS
 from vvt_jax.errors import UserError
 from vvt_jax.storage import SizeLimit
-
-FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow knows others, and runs a program for one of them
 
 _LONGEST_SIDE = 2**16 - 1  # pixels; JPEG has no longer one
 
@@ -62,6 +59,7 @@ class Source:
         name: the name that opened it.
         split: the split that was asked for.
         pixels: each pixel has a label, not each image.
+        left_out: a sentence for each kind of file or folder beside the examples that is not used.
     """
 
     examples: Examples
@@ -69,6 +67,7 @@ class Source:
     name: str
     split: str
     pixels: bool = False
+    left_out: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -81,6 +80,7 @@ def open_source(
     *,
     data_dir: str | None = None,
     cache_dir: str | os.PathLike | None = None,
+    upright: bool = True,
 ) -> Source:
     """Opens a data set that was prepared; never downloads, and uses the network for `gs://` and
     `s3://` addresses only.
@@ -91,7 +91,7 @@ def open_source(
             `validation` (144) and `test` (360);
             `"tfds:NAME[/CONFIG][:VERSION]"`: a TensorFlow Datasets data set prepared as
             array_record or TFRecord, read without TensorFlow and without the builder's code;
-            `"folder"`: JPEG, PNG and WebP files in a sub-folder for each class;
+            `"folder"`: image files in a sub-folder for each class, see `image_files.FORMATS`;
             `"folder_segmentation"`: images and masks of the same name, see the module's text;
             `"huggingface:NAME[/CONFIG]"`: a data set of the package `datasets`, with one feature of
             type Image and one of type ClassLabel, whatever their names.
@@ -102,6 +102,8 @@ def open_source(
             `~/tensorflow_datasets`. Of `"folder"`, the folder. Either may be in an object store.
             Of Hugging Face, where `save_to_disk` wrote `NAME[/CONFIG]`; None: the package's cache.
         cache_dir: keeps where the records of TFRecord files begin; None: found anew each time.
+        upright: turn images as their EXIF orientation says; False: leave them as they are stored.
+            Masks belong to the image as it is displayed, unless they have an orientation too.
 
     Raises:
         DataError: the name or split is unknown, or the data is missing, damaged, of another
@@ -112,20 +114,24 @@ def open_source(
         from vvt_jax.data.prepared import open_prepared
 
         return open_prepared(
-            name, split, data_dir, None if cache_dir is None else storage.locate(cache_dir)
+            name,
+            split,
+            data_dir,
+            None if cache_dir is None else storage.locate(cache_dir),
+            upright=upright,
         )
     if kind == "huggingface":
         from vvt_jax.data.hugging_face import open_hugging_face
 
-        return open_hugging_face(name, split, data_dir)
+        return open_hugging_face(name, split, data_dir, upright=upright)
     if name == "folder":
         from vvt_jax.data.folder import open_folder
 
-        return open_folder(split, data_dir)
+        return open_folder(split, data_dir, upright=upright)
     if name == "folder_segmentation":
         from vvt_jax.data.folder_segmentation import open_folder_segmentation
 
-        return open_folder_segmentation(split, data_dir)
+        return open_folder_segmentation(split, data_dir, upright=upright)
     if name == "digits":
         return _open_digits(name, split)
     raise DataError(
@@ -135,14 +141,14 @@ def open_source(
 
 
 def decode(
-    file: str | os.PathLike | BinaryIO, told: str, *, upright: bool = False
+    file: str | os.PathLike | BinaryIO, told: str, *, upright: bool = True
 ) -> PIL.Image.Image:
-    """The RGB image in a JPEG, PNG or WebP file.
+    """The RGB image in a file of one of `image_files.FORMATS`, transparent parts on white.
 
     Args:
         file: a path or an open file.
         told: how to name it.
-        upright: turned as its EXIF orientation says.
+        upright: turn it as its EXIF orientation says.
 
     Raises:
         BrokenImageError: it can't be decoded.
@@ -154,8 +160,7 @@ def decode(
             image = stack.enter_context(PIL.Image.open(file, formats=FORMATS))
             check_sides(image, told)
             image.load()
-            turned = upright and image.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1
-            return preprocess.to_rgb(PIL.ImageOps.exif_transpose(image) if turned else image)
+            return preprocess.to_rgb(image, upright=upright)
     except DataError:
         raise
     except Exception as error:  # Pillow's decoders raise whatever they stumble over
