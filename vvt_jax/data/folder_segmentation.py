@@ -15,6 +15,7 @@ from vvt_jax import storage
 from vvt_jax.data import folder, sources
 from vvt_jax.data.segmentation import IGNORED
 from vvt_jax.data.sources import BrokenImageError, DataError
+from vvt_jax.data.splits import split_name
 
 CLASSES, IMAGES, MASKS = "classes.txt", "images", "masks"
 
@@ -70,9 +71,8 @@ def decode_mask(file: Any, told: str, num_classes: int) -> np.ndarray:
     return mask
 
 
-def open_folder_segmentation(split: str, data_dir: str | None) -> sources.Source:
-    """A split of a folder; see `sources.open_source`. Parts of a split are cut as of a folder of
-    classes."""
+def open_folder_segmentation(split: str, data_dir: str | None, cut: sources.Cut) -> sources.Source:
+    """A split of a folder; see `sources.open_source`."""
     if not data_dir:
         raise DataError(
             "The source 'folder_segmentation' needs config.data.data_dir, the folder of "
@@ -81,7 +81,7 @@ def open_folder_segmentation(split: str, data_dir: str | None) -> sources.Source
     if storage.is_remote(data_dir):
         raise DataError(f"{data_dir} can't be read: images with masks lie in a folder here.")
     root = Path(data_dir).expanduser()
-    name = folder.split_name(split)
+    name = split_name(split)
     places = folder.split_folders(root)
     if name not in places:
         raise DataError(f"{root} has no split {name!r}: it has {', '.join(places)}.")
@@ -95,9 +95,16 @@ def open_folder_segmentation(split: str, data_dir: str | None) -> sources.Source
     names = tuple(line.strip() for line in lines if line.strip())
     if not 0 < len(names) <= IGNORED:
         raise DataError(f"{root / CLASSES} has {len(names)} classes: there can be 1 to {IGNORED}.")
-    pairs = folder.cut(_pairs(places[name]), split)
+    pairs = _pairs(places[name])
+    images = folder.names_in(root, [image for image, _ in pairs])
+    chosen = cut(split, images, [0] * len(pairs)).tolist()  # an image has no class of its own
     return sources.Source(
-        _PairExamples(pairs, len(names)), names, "folder_segmentation", split, pixels=True
+        _PairExamples([pairs[i] for i in chosen], len(names)),
+        names,
+        "folder_segmentation",
+        split,
+        pixels=True,
+        names=[images[i] for i in chosen],
     )
 
 

@@ -7,7 +7,8 @@ A further kind of source is one function that `open_source` calls; the loader ne
 import dataclasses
 import functools
 import os
-from typing import Any, BinaryIO, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, BinaryIO, Protocol, TypeAlias
 
 import numpy as np
 import PIL.ExifTags
@@ -19,6 +20,9 @@ from vvt_jax.data import preprocess
 from vvt_jax.errors import UserError
 
 _FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow knows others, and runs a program for one of them
+# From a split as a config writes it, the name of every example of the whole split and the class of
+# each: the indices of the examples that belong to the part; see `splits`.
+Cut: TypeAlias = Callable[[str, Sequence[str], Sequence[int]], np.ndarray]
 
 
 class DataError(UserError):
@@ -51,6 +55,8 @@ class Source:
         name: the name that opened it.
         split: the split that was asked for.
         pixels: each pixel has a label, not each image.
+        names: a name for each example that stays the same whenever the source is opened, such as
+            the path of its file in the source's folder; None where the source has no such names.
     """
 
     examples: Examples
@@ -58,10 +64,45 @@ class Source:
     name: str
     split: str
     pixels: bool = False
+    names: Sequence[str] | None = None
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+
+def with_classes(source: Source, class_names: Sequence[str]) -> Source:
+    """A source whose labels count the classes in another order, of which it may lack some.
+
+    Args:
+        source: its own class names occur in `class_names`, once each.
+        class_names: in the order of the new labels.
+    """
+    if tuple(class_names) == source.class_names:
+        return source
+    labels = {name: label for label, name in enumerate(class_names)}
+    examples = _Relabelled(source.examples, [labels[name] for name in source.class_names])
+    return dataclasses.replace(source, examples=examples, class_names=tuple(class_names))
+
+
+class _Relabelled:
+    """Examples whose labels stand for other class numbers."""
+
+    def __init__(self, examples: Examples, labels: Sequence[int]):
+        self._examples = examples
+        self._labels = np.array(labels, np.int32)
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = self._examples[index]
+        label = example["label"]
+        if np.ndim(label):
+            table = np.arange(256).astype(np.uint8)  # what is ignored stays so
+            table[: len(self._labels)] = self._labels
+            return {**example, "label": table[label]}
+        return {**example, "label": int(self._labels[label])}
 
 
 def open_source(
@@ -70,6 +111,7 @@ def open_source(
     *,
     data_dir: str | None = None,
     cache_dir: str | os.PathLike | None = None,
+    cut: Cut | None = None,
 ) -> Source:
     """Opens a data set that was prepared; never downloads, and uses the network for `gs://` and
     `s3://` addresses only.
@@ -91,11 +133,15 @@ def open_source(
             `~/tensorflow_datasets`. Of `"folder"`, the folder. Either may be in an object store.
             Of Hugging Face, where `save_to_disk` wrote `NAME[/CONFIG]`; None: the package's cache.
         cache_dir: keeps where the records of TFRecord files begin; None: found anew each time.
+        cut: how a part of a folder's split is chosen; None: `splits.ByHash`. The other sources cut
+            parts themselves, in the order of their examples.
 
     Raises:
         DataError: the name or split is unknown, or the data is missing, damaged, of another
             format, or without labelled images.
     """
+    from vvt_jax.data import splits  # which needs this module
+
     kind = name.partition(":")[0]
     if kind == "tfds":
         from vvt_jax.data.prepared import open_prepared
@@ -110,11 +156,11 @@ def open_source(
     if name == "folder":
         from vvt_jax.data.folder import open_folder
 
-        return open_folder(split, data_dir)
+        return open_folder(split, data_dir, cut or splits.ByHash([split]))
     if name == "folder_segmentation":
         from vvt_jax.data.folder_segmentation import open_folder_segmentation
 
-        return open_folder_segmentation(split, data_dir)
+        return open_folder_segmentation(split, data_dir, cut or splits.ByHash([split]))
     if name == "digits":
         return _open_digits(name, split)
     raise DataError(
