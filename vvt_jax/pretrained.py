@@ -128,6 +128,11 @@ def load_pretrained(
     return model, variables, config["card"]
 
 
+def read_card(folder: AnyPath) -> dict[str, Any]:
+    """The card of a model folder alone; WeightsError where it can't be read."""
+    return _read_config(folder)["card"]
+
+
 def _read_config(folder: AnyPath) -> dict[str, Any]:
     try:
         content = storage.read_range(folder / _CONFIG, 0, _LARGEST_CONFIG + 1)

@@ -148,6 +148,8 @@ def test_sources_name_their_examples_by_where_they_are_in_the_folder(tmp_path, k
         (tmp_path / "classes.txt").write_text("a\nb\n")
     whole = open_source(kind, "train", data_dir=str(tmp_path))
     assert whole.names[0] == f"{folders[0]}/0.png"
-    parts = [open_source(kind, part, data_dir=str(tmp_path)) for part in ("train[:50%]", "train[50%:]")]
+    parts = [
+        open_source(kind, part, data_dir=str(tmp_path)) for part in ("train[:50%]", "train[50%:]")
+    ]
     assert sorted([*parts[0].names, *parts[1].names]) == sorted(whole.names)
     assert [len(part.examples) for part in parts] == [len(part.names) for part in parts]

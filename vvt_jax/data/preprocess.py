@@ -21,7 +21,7 @@ INTERPOLATIONS: dict[str, PIL.Image.Resampling] = {
     method.name.lower(): method for method in PIL.Image.Resampling
 }
 _LARGEST_RESIZED = 2**27  # pixels; a line of pixels would become gigabytes
-_FIELDS = ("size", "crop_fraction", "interpolation", "mean", "std")
+FIELDS = ("size", "crop_fraction", "interpolation", "mean", "std")
 
 
 def check_record(record: Mapping[str, Any]) -> None:
@@ -30,9 +30,9 @@ def check_record(record: Mapping[str, Any]) -> None:
     Raises:
         ValueError: a field is missing, unknown or out of range; one sentence says which.
     """
-    if set(record) != set(_FIELDS):
+    if set(record) != set(FIELDS):
         raise ValueError(
-            f"A preprocessing record has the fields {', '.join(_FIELDS)}, "
+            f"A preprocessing record has the fields {', '.join(FIELDS)}, "
             f"not {', '.join(map(str, record))}."
         )
     size = record["size"]

@@ -61,7 +61,9 @@ class ByHash:
         if (start, stop) == (_START, _END):
             return np.arange(len(names))
         cuts = {bound for part in self._parts for bound in _bounds_of(part, name)}
-        percents = sorted(b.number for b in {*cuts, start, stop} if b.percent and 0 < b.number < 100)
+        percents = sorted(
+            b.number for b in {*cuts, start, stop} if b.percent and 0 < b.number < 100
+        )
         labels = np.asarray(classes, np.int64)
         # Sorted by class and, within a class, by hash.
         hashes = np.array([_hash(each) for each in names], np.uint64)
@@ -95,25 +97,26 @@ class Recorded:
             list keeps its length and every other example its place; otherwise it is left out.
 
     Attributes:
+        names: as above.
         missing: the names that are gone, once the part has been cut.
         listed: all names that the split has now.
     """
 
     def __init__(self, names: Sequence[str], *, fill: bool):
-        self._names, self._fill = names, fill
+        self.names, self._fill = names, fill
         self.missing: list[str] = []
         self.listed: Sequence[str] = ()
 
     def __call__(self, split: str, names: Sequence[str], classes: Sequence[int]) -> np.ndarray:
         del classes
         places = {name: place for place, name in enumerate(names)}
-        found = np.array([places.get(name, -1) for name in self._names], np.int64)
+        found = np.array([places.get(name, -1) for name in self.names], np.int64)
         there = np.flatnonzero(found >= 0)
         self.listed = names
-        self.missing = [self._names[i] for i in np.flatnonzero(found < 0)]
+        self.missing = [self.names[i] for i in np.flatnonzero(found < 0).tolist()]
         if not len(there):
             raise DataError(
-                f"None of the {len(self._names)} examples that the run recorded for {split!r} is "
+                f"None of the {len(self.names)} examples that the run recorded for {split!r} is "
                 "there any more: put the files back, or use another workdir."
             )
         if not self._fill:
