@@ -15,7 +15,7 @@ def get_config(_: str = "") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # of initialisation, data order, augmentation and drop path
     config.mode = (
-        "train"  # "train", or "eval": measure init_from, or the workdir's newest checkpoint
+        "train"  # "train", or "eval": measure the workdir's run; where there is none, init_from
     )
     config.batch_size = 64  # images a step, over all devices
 
