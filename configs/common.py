@@ -3,7 +3,8 @@
     python -m vvt_jax.main --config=configs/digits.py --workdir=runs/digits --config.seed=1
 
 The fields are locked: one that is not listed here is refused. A field that says "None: ..." is
-empty until it is given.
+empty until it is given. Older runs lack a field that is added here, and go on with its default: if
+that changes what the program did, `_BEFORE` in vvt_jax/configuration.py says what it was.
 """
 
 from ml_collections import ConfigDict
@@ -14,15 +15,16 @@ def get_config(_: str = "") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # of initialisation, data order, augmentation and drop path
     config.mode = (
-        "train"  # "train", or "eval": measure init_from, or the workdir's newest checkpoint
+        "train"  # "train", or "eval": measure the workdir's run; where there is none, init_from
     )
     config.batch_size = 64  # images a step, over all devices
 
-    # Every duration can be given in three units; of several, the first one here counts.
+    # Every duration can be given in three units. Of several in a config, the first one here counts;
+    # one on the command line replaces the config's, whatever its unit.
     config.total_steps = placeholder(int)  # updates
     config.total_examples = placeholder(int)  # images seen
     config.total_epochs = placeholder(float)  # passes over the training images
-    config.log_every_steps = 20
+    config.log_every_steps = placeholder(int)  # none given: every 20 steps
     config.log_every_examples = placeholder(int)
     config.log_every_epochs = placeholder(float)
     config.eval_every_steps = placeholder(int)  # on the validation split; none given: every epoch

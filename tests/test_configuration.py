@@ -291,7 +291,6 @@ def test_several_changes_and_fields_that_one_lacks_are_named(tmp_path):
     with pytest.raises(ConfigError) as refused:
         settle(_config(seed=3), tmp_path)
     assert (
-        "config.optimizer.b2 (nothing before, 0.999 now), "
         "config.optimizer.momentum (0.5 before, nothing now), "
         "config.seed (0 before, 3 now); use another workdir"
     ) in str(refused.value)

@@ -1,13 +1,14 @@
 """Checks of a run's config: its values, and that a resumed run has the config it started with."""
 
+import copy
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from absl import flags, logging
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
 from vvt_jax import storage
 from vvt_jax.errors import UserError
@@ -37,8 +38,26 @@ _FREE = (
     "profile_at_step",
     "profile_steps",
 )
+# Where the processes of one run may differ: what concerns only the machine that each runs on. The
+# data has to be the same, but may lie elsewhere; it is compared by itself.
+_OF_A_PROCESS = (
+    "distributed.",
+    "data.data_dir",
+    "data.workers",
+    "data.threads",
+    "compilation_cache",
+    "profile_at_step",
+    "profile_steps",
+)
 _UNITS = ("steps", "examples", "epochs")
+_DURATIONS = ("total", "log_every", "eval_every", "checkpoint_every", "optimizer.warmup")
 _NOWHERE = "nothing"  # stands for a field that one of two configs lacks
+# What the program did before a field existed, for each field whose default in configs/common.py
+# changes that: a function of the older run's config, as `config.json` has it.
+_BEFORE: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    # Only prepared data sets were read as they are stored.
+    "data.upright": lambda config: not config["data"]["source"].startswith("tfds:"),
+}
 
 
 class ConfigError(UserError):
@@ -121,7 +140,13 @@ def _check_distributed(distributed: ConfigDict, refuse: Callable[[str, str], Non
 
 
 def in_steps(
-    fields: ConfigDict, name: str, batch_size: int, examples: int, default: float = 0.0
+    fields: ConfigDict,
+    name: str,
+    batch_size: int,
+    examples: int,
+    *,
+    default: float = 0.0,
+    default_steps: int | None = None,
 ) -> int:
     """A duration in steps, rounded; the first that is given of `NAME_steps`, `NAME_examples` and
     `NAME_epochs`.
@@ -132,18 +157,43 @@ def in_steps(
         batch_size: examples of a step.
         examples: of an epoch.
         default: epochs, where none of the three is given.
+        default_steps: the same in steps; it goes before `default`.
     """
-    if (steps := fields[f"{name}_steps"]) is not None:
+    steps, seen, epochs = (fields[f"{name}_{unit}"] for unit in _UNITS)
+    if steps is None and seen is None and epochs is None:
+        steps, epochs = default_steps, default
+    if steps is not None:
         return steps
-    if (seen := fields[f"{name}_examples"]) is None:
-        epochs = fields[f"{name}_epochs"]
-        seen = examples * (default if epochs is None else epochs)
-    return round(seen / batch_size)
+    return round((examples * epochs if seen is None else seen) / batch_size)
+
+
+def read(workdir: AnyPath) -> dict[str, Any] | None:
+    """The config that a run started with, as JSON has it; None where the folder holds no run.
+
+    Raises:
+        ConfigError: `config.json` is damaged.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        return None
+    try:
+        before = json.loads(storage.read_text(path, storage.SizeLimit.CONFIG))
+        if not isinstance(before, dict):
+            raise ValueError("not a JSON object")
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is damaged ({error}): use another workdir.") from error
+    return before
 
 
 def settle(config: ConfigDict, workdir: AnyPath, *, write: bool = True) -> None:
     """Writes `config.json` into a new run's folder; in an old one's, compares. To evaluate it only
     compares.
+
+    A field that the old run's config lacks was added to the program later: it counts as what the
+    program did before. Preprocessing and inference are not compared to evaluate, since the run's
+    record decides about them (`vvt_jax.run_record`).
 
     Args:
         config: of the run.
@@ -153,22 +203,18 @@ def settle(config: ConfigDict, workdir: AnyPath, *, write: bool = True) -> None:
     Raises:
         ConfigError: the folder belongs to a run with another config; the fields are named.
     """
-    path = workdir / "config.json"
-    given = json.loads(json.dumps(config.to_dict()))
-    if path.exists():
-        try:
-            before = json.loads(storage.read_text(path, storage.SizeLimit.CONFIG))
-            if not isinstance(before, dict):
-                raise ValueError("not a JSON object")
-        except OSError as error:
-            raise ConfigError(f"{path} can't be read: {error.strerror}.") from error
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path} is damaged ({error}): use another workdir.") from error
+    from vvt_jax.data.preprocess import FIELDS  # after --help
+
+    given = _as_json(config)
+    before = read(workdir)
+    if before is not None:
+        free: tuple[str, ...] = _FREE
+        if config.mode == "eval":
+            free += ("inference.", *(f"data.{name}" for name in FIELDS))
         changed = [
             f"config.{field} ({old} before, {new} now)"
             for field, old, new in _differences(before, given)
-            if not _is_free(field)
-            and not (config.mode == "eval" and field.startswith("inference."))
+            if not _is_one_of(field, free)
         ]
         if changed:
             raise ConfigError(
@@ -177,7 +223,77 @@ def settle(config: ConfigDict, workdir: AnyPath, *, write: bool = True) -> None:
             )
     if config.mode == "eval" or not write:
         return
-    storage.replace(path, (json.dumps(given, indent=2) + "\n").encode())
+    storage.replace(workdir / "config.json", (json.dumps(given, indent=2) + "\n").encode())
+
+
+def as_before(
+    config: ConfigDict, before: Mapping[str, Any], flagged: Collection[str]
+) -> ConfigDict:
+    """The config to resume an older run with: fields that the program did not have then stay at
+    what it did, unless the config sets them itself.
+
+    Args:
+        config: of the resumed run.
+        before: the older run's, as `read` gives it.
+        flagged: fields that were set on the command line.
+    """
+    missing = set(_flatten(_as_json(config))) - set(_flatten(before))
+    defaults = _defaults()
+    given = _flatten(_as_json(config))
+    return replaced(
+        config,
+        {
+            field: _BEFORE[field](before)
+            for field in missing & set(_BEFORE)
+            if field not in flagged and given[field] == defaults.get(field)
+        },
+    )
+
+
+def replaced(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
+    """A copy with other values, by field such as `data.size`; lists become tuples."""
+    config = copy.deepcopy(config)
+    config.update_from_flattened_dict(
+        {field: tuple(v) if isinstance(v, list) else v for field, v in values.items()}
+    )
+    return config
+
+
+def values_of(config: ConfigDict, fields: Iterable[str]) -> dict[str, Any]:
+    """The values of some fields, as JSON has them, by field such as `data.size`."""
+    values = _flatten(_as_json(config))
+    return {field: values[field] for field in fields}
+
+
+def shared_fields(config: ConfigDict) -> dict[str, Any]:
+    """All that the processes of one run must have in common, by field such as `config.seed`."""
+    return {
+        f"config.{field}": value
+        for field, value in _flatten(_as_json(config)).items()
+        if not _is_one_of(field, _OF_A_PROCESS)
+    }
+
+
+def flagged_fields(config_flag: flags.FlagHolder) -> frozenset[str]:
+    """The fields that the command line sets, such as `data.size`."""
+    return frozenset(config_flags.get_override_values(flags.FLAGS[config_flag.name]))
+
+
+def _replace_units(config: ConfigDict, flagged: Collection[str]) -> None:
+    """Lets a duration that the command line gives replace the config's, whatever its unit.
+
+    Raises:
+        ConfigError: the command line gives one duration in several units.
+    """
+    for name in _DURATIONS:
+        values = {unit: config[f"{name}_{unit}"] for unit in _UNITS}
+        given = [u for u in _UNITS if f"{name}_{u}" in flagged and values[u] is not None]
+        if len(given) > 1:
+            fields = " and ".join(f"--config.{name}_{unit}" for unit in given)
+            raise ConfigError(f"{fields} say the same thing in different units: give one of them.")
+        if given:
+            others = {f"{name}_{unit}": None for unit in _UNITS if unit not in given}
+            config.update_from_flattened_dict(others)
 
 
 def parse_flags(argv: list[str], config_flag: flags.FlagHolder) -> list[str]:
@@ -188,7 +304,10 @@ def parse_flags(argv: list[str], config_flag: flags.FlagHolder) -> list[str]:
         if flags.FLAGS["verbosity"].using_default_value:
             flags.FLAGS.verbosity = logging.WARNING  # type: ignore[assignment]
         _ = "mode" in config_flag.value  # a file that can't be read complains when it is used
+        _replace_units(config_flag.value, flagged_fields(config_flag))
         return rest
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
     except flags.Error as error:
         lines = str(error).strip().splitlines()
         # The traceback of a config's own get_config ends with what that says
@@ -217,16 +336,56 @@ def unknown_field(error: AttributeError, argv: list[str]) -> str:
     return f"There is no field {flag}: {hint}configs/common.py lists all of them."
 
 
-def _is_free(field: str) -> bool:
-    return any(field.startswith(free) if free[-1] == "." else field == free for free in _FREE)
+def _is_one_of(field: str, names: Collection[str]) -> bool:
+    """Whether a field is listed; a name with a dot at its end stands for all fields below."""
+    return any(field.startswith(name) if name[-1] == "." else field == name for name in names)
 
 
-def _differences(
-    old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
-) -> Iterator[tuple[str, Any, Any]]:
-    for key in sorted({*old, *new}):
-        before, now = old.get(key, _NOWHERE), new.get(key, _NOWHERE)
-        if isinstance(before, dict) and isinstance(now, dict):
-            yield from _differences(before, now, f"{prefix}{key}.")
-        elif before != now:
-            yield prefix + key, before, now
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Each field in which two configs differ, with both values."""
+    before, now = _flatten(old), _flatten(new)
+    defaults = _defaults()
+    for field in sorted(set(now) - set(before)):
+        if field in _BEFORE:
+            before[field] = _BEFORE[field](old)
+        else:  # one that even configs/common.py lacks means nothing to the program
+            before[field] = defaults.get(field, now[field])
+    counted, counts = _keep_first_units(before), _keep_first_units(now)
+    for field in sorted(before):
+        values = before[field], now.get(field, _NOWHERE)
+        if values[0] != values[1] and counted[field] != counts.get(field, _NOWHERE):
+            yield field, *values
+
+
+def _keep_first_units(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields without the units of each duration that do not count, see `in_steps`."""
+    kept = dict(fields)
+    for name in _DURATIONS:
+        units = [f"{name}_{unit}" for unit in _UNITS]
+        given = [field for field in units if fields.get(field) is not None]
+        kept |= dict.fromkeys(given[1:])
+    return kept
+
+
+def _defaults() -> dict[str, Any]:
+    """The fields of configs/common.py."""
+    try:
+        from configs import common
+    except ImportError:  # a program with configs of its own
+        return {}
+    return _flatten(_as_json(common.get_config()))
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by field, such as `data.size`."""
+    fields: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            fields |= _flatten(value, f"{prefix}{key}.")
+        else:
+            fields[prefix + key] = value
+    return fields
+
+
+def _as_json(config: ConfigDict) -> dict[str, Any]:
+    return json.loads(json.dumps(config.to_dict()))

@@ -1,5 +1,6 @@
 """Fine-tuning: the weights that a run starts from: a model folder's, a `.pth`'s, another run's."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vvt_jax import hub, storage
+from vvt_jax import hub, run_record, storage
 from vvt_jax.checkpoint import Checkpoints
 from vvt_jax.models import VVT, Segmenter, create
 from vvt_jax.models.vvt import model_fields
@@ -20,8 +21,27 @@ from vvt_jax.weights import WeightsError, check_arrays
 _TELLING = ("num_heads", "locality", "attention", "clamp", "patch_strides")
 
 
+@dataclasses.dataclass(frozen=True)
+class StartingWeights:
+    """Weights to start from, or to measure.
+
+    Attributes:
+        path: where they were read.
+        arrays: by names such as `params/stage1/...`.
+        model: that they are of.
+        card: its class names, preprocessing and inference, as far as they are recorded.
+        published: from a `.pth`, where the model is known by its shapes only.
+    """
+
+    path: str
+    arrays: Mapping[str, Any]
+    model: VVT
+    card: Mapping[str, Any]
+    published: bool = False
+
+
 def initial_variables(
-    path: str | os.PathLike,
+    start: StartingWeights | str | os.PathLike,
     model: VVT,
     fresh: Mapping[str, Any],
     class_names: Sequence[str],
@@ -35,8 +55,7 @@ def initial_variables(
     segmenter starts from a classifier.
 
     Args:
-        path: what `load_pretrained` takes, a model folder, `hf://` address or published `.pth`; or
-            another run's workdir, for its newest checkpoint (its averaged weights, if it has some).
+        start: the weights, or where `read_weights` finds them.
         model: that is trained.
         fresh: its freshly initialised variables; the head is taken from them if need be.
         class_names: of the data, in the order of the labels.
@@ -48,7 +67,10 @@ def initial_variables(
     Raises:
         WeightsError, CheckpointError: nothing to start from, or weights that don't fit the model.
     """
-    given, source, names = _read(path, model)
+    if not isinstance(start, StartingWeights):
+        start = read_weights(start, model)
+    path, given, source = start.path, dict(start.arrays), start.model
+    names = start.card.get("class_names")
     told = [f"Starts from {path}."]
     for field in _TELLING:
         there, here = (_as_json(model_fields(m)[field]) for m in (source, model))
@@ -76,7 +98,7 @@ def initial_variables(
         old = len(names) if names is not None else source.num_classes
         differ = (
             f"there were {old} classes, here are {len(class_names)}"
-            f"{', of other names' if old == len(class_names) else ''}."
+            f"{_how_names_differ(names or (), class_names)}."
         )
         if keep_head:
             raise WeightsError(f"config.init_from={str(path)!r} has other classes: {differ}")
@@ -91,21 +113,35 @@ def initial_variables(
     return unflatten_dict(given, sep="/"), told
 
 
+def _how_names_differ(before: Sequence[str], now: Sequence[str]) -> str:
+    if len(before) != len(now):
+        return ""
+    return ", in another order" if sorted(before) == sorted(now) else ", of other names"
+
+
 def _kind(model: VVT) -> str:
     return f"segmenter ({model.head})" if isinstance(model, Segmenter) else "classifier"
 
 
-def _read(
-    place: str | os.PathLike, trained: VVT
-) -> tuple[dict[str, Any], VVT, Sequence[str] | None]:
-    """Arrays by name, the model they are of, and its classes' names where they are known."""
+def read_weights(place: str | os.PathLike, trained: VVT) -> StartingWeights:
+    """Reads weights to start from.
+
+    Args:
+        place: what `load_pretrained` takes, a model folder, `hf://` address or published `.pth`; or
+            another run's workdir, for its newest checkpoint (its averaged weights, if it has some).
+        trained: the model that they are meant for, with any number of classes.
+
+    Raises:
+        WeightsError, CheckpointError: there is nothing to start from.
+    """
     path = Path(place) if str(place).startswith(hub.PREFIX) else storage.locate(place)
     if not storage.is_folder(path / "checkpoints"):
         heads: dict[str, Any] = {}
         if os.path.isfile(path) and trained.embed_dims != VVT().embed_dims:
             heads = {"num_heads": trained.num_heads}  # of other widths, a .pth doesn't tell them
         model, variables, card = load_pretrained(place, **heads)
-        return flatten_dict(variables, sep="/"), model, card.get("class_names")
+        arrays = flatten_dict(variables, sep="/")
+        return StartingWeights(str(place), arrays, model, card, published=os.path.isfile(path))
     with Checkpoints(path / "checkpoints", keep=None) as checkpoints:
         if checkpoints.latest_step() is None:
             raise WeightsError(f"config.init_from={str(path)!r} has no checkpoint yet.")
@@ -121,7 +157,7 @@ def _read(
         model = create(fields.pop("name"), **{**fields, "num_classes": (*classes, 0)[0]})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(f"{path / 'config.json'} is not a run's: {error}.") from error
-    return arrays, model, None
+    return StartingWeights(str(place), arrays, model, run_record.card_of(run_record.read(path)))
 
 
 def _as_json(value: Any) -> Any:

@@ -6,10 +6,11 @@ program on the same config, and see one global mesh of all devices.
 
 import functools
 import importlib.util
+import json
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ _EXPLICIT = ("coordinator", "num_processes", "process_id")
 
 
 class GroupError(UserError):
-    """Processes that can't find each other."""
+    """Processes that can't find each other, or can't work together."""
 
 
 def join(distributed: Mapping[str, Any], *, preemptible: bool) -> None:
@@ -144,6 +145,44 @@ def gather(values: np.ndarray) -> jax.Array:
     layout = NamedSharding(mesh, PartitionSpec("process"))
     shape = (mesh.shape["process"], *values.shape)
     return _replicate(mesh)(jax.make_array_from_process_local_data(layout, values[None], shape))
+
+
+def check_agreement(values: Mapping[str, Any]) -> None:
+    """Compares what all processes must have in common; all have to call it.
+
+    Args:
+        values: JSON values by what they are called, such as `config.seed`.
+
+    Raises:
+        GroupError: they differ from those of the first process. All processes raise it.
+    """
+    if jax.process_count() == 1:
+        return
+    theirs = [json.loads(text) for text in _exchange(json.dumps(values).encode())]
+    if differences := list(_differences(theirs)):
+        raise GroupError(
+            f"The processes of this run do not agree: {'; '.join(differences)}. Start all of them "
+            "with the same command and the same files."
+        )
+
+
+def _exchange(text: bytes) -> list[bytes]:
+    """Every process's text, in the order of the processes."""
+    lengths = np.asarray(gather(np.array([len(text)], np.int32)))[:, 0]
+    padded = np.zeros(int(lengths.max()), np.uint8)
+    padded[: len(text)] = np.frombuffer(text, np.uint8)
+    rows = np.asarray(gather(padded))
+    return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
+
+
+def _differences(theirs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    first = theirs[0]
+    for name in sorted({name for values in theirs for name in values}):
+        expected = first.get(name)
+        for number, values in enumerate(theirs):
+            if (value := values.get(name)) != expected:
+                yield f"process {number} has {name}={value!r}, and process 0 has {expected!r}"
+                break
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
-from vvt_jax.configuration import ConfigError, parse_flags
+from vvt_jax.configuration import ConfigError, flagged_fields, parse_flags
 from vvt_jax.errors import UnwrittenError, UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -30,7 +30,8 @@ def main(argv: list[str]) -> None:
     try:
         if argv[1:]:
             raise ConfigError(f"Not a flag: {argv[1]}; a field is given as --config.field=value.")
-        train_and_evaluate(_CONFIG.value, str(_WORKDIR.value))
+        flagged = flagged_fields(_CONFIG)
+        train_and_evaluate(_CONFIG.value, str(_WORKDIR.value), flagged=flagged)
     except UnwrittenError as error:
         # All that can be saved is. What libraries write in the background would fail once more at
         # the program's end, and say so in tracebacks.

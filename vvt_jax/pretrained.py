@@ -130,6 +130,11 @@ def load_pretrained(
     return model, variables, config["card"]
 
 
+def read_card(folder: AnyPath) -> dict[str, Any]:
+    """The card of a model folder alone; WeightsError where it can't be read."""
+    return _read_config(folder)["card"]
+
+
 def _read_config(folder: AnyPath) -> dict[str, Any]:
     try:
         config = json.loads(storage.read_text(folder / _CONFIG, SizeLimit.CONFIG))

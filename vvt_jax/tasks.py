@@ -95,7 +95,7 @@ class Classification:
         with naming("config.augment"):
             augment.check_augment(config.augment)
             mixing.check_mixing(config.augment)
-        self.model = _make_model(config, source)
+        self.model = _model_for(config, source)
         self.prepare = functools.partial(
             mixing.prepare_batch,
             preprocessing=self._record,
@@ -190,7 +190,7 @@ class Segmentation:
         with naming("config.inference"):
             segment.check_inference(self._inference)
         self.card["inference"] = self._inference
-        self.model = _make_model(config, source)
+        self.model = _model_for(config, source)
 
     def train_arrays(self) -> dict[str, tuple[tuple[int, ...], Any]]:
         places = (self._config.batch_size, *self._config.data.size)
@@ -322,10 +322,19 @@ def _describe_data(data: ConfigDict, source: Source) -> tuple[dict[str, Any], di
     return record, {"preprocessing": record, "class_names": list(source.class_names)}
 
 
-def _make_model(config: ConfigDict, source: Source) -> VVT:
+def make_model(config: ConfigDict, num_classes: int) -> VVT:
+    """The config's model, with as many classes unless it says how many.
+
+    Raises:
+        ConfigError: it describes no model.
+    """
     fields = {name: value for name, value in config.model.items() if value is not None}
     with naming("config.model"):
-        model = models.create(**{"num_classes": source.num_classes, **fields})
+        return models.create(**{"num_classes": num_classes, **fields})
+
+
+def _model_for(config: ConfigDict, source: Source) -> VVT:
+    model = make_model(config, source.num_classes)
     if model.num_classes < source.num_classes:
         raise ConfigError(
             f"config.model.num_classes={model.num_classes} is too small: "

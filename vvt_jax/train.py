@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,14 +20,15 @@ from vvt_jax.configuration import ConfigError
 from vvt_jax.data import imagenet_sets
 from vvt_jax.data.loader import BrokenImages, train_batches
 from vvt_jax.data.mask_survey import survey_masks
-from vvt_jax.data.sources import Source, open_source
+from vvt_jax.data.sources import Cut, Source, open_source
 from vvt_jax.errors import UserError, telling_of_full_disks
-from vvt_jax.finetune import initial_variables
+from vvt_jax.finetune import StartingWeights, initial_variables
 from vvt_jax.interruption import Interrupted, Interruption
 from vvt_jax.lock import WorkdirLock
 from vvt_jax.models import unstack_blocks
 from vvt_jax.models.vvt import check_image_shape
 from vvt_jax.pretrained import save_pretrained
+from vvt_jax.provenance import Provenance, splits_of
 from vvt_jax.recipe import mixing
 from vvt_jax.recipe.optimizer import make_optimizer, make_schedule
 from vvt_jax.recipe.step import Totals, TrainState, init_state, make_train_step
@@ -37,16 +38,20 @@ from vvt_jax.tasks import Measured, make_task, naming
 from vvt_jax.timing import Stopwatch, Trace
 
 _LAYOUT_LINES = 8  # of the table of what devices hold, that are printed
+_LOG_EVERY = 20  # steps, where the config says nothing
 
 
 class NonFiniteLossError(UserError):
     """A loss or gradient that is not a number, or infinite."""
 
 
-def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
+def train_and_evaluate(
+    config: ConfigDict, workdir: str | os.PathLike, *, flagged: Collection[str] = ()
+) -> dict[str, float]:
     """Trains as the config says, or goes on with what the workdir holds, and evaluates.
 
-    The workdir gets `config.json`, `layout.txt` (what each device holds), `checkpoints/`,
+    The workdir gets `config.json`, `record.json` and `examples/` (what the run was made from, see
+    `vvt_jax.run_record`), `layout.txt` (what each device holds), `checkpoints/`,
     `metrics.jsonl`, TensorBoard files and, from the first evaluation on, `model/`: a
     `save_pretrained` folder of the weights with the highest validation top-1 (or mIoU) so far (the
     averaged ones where `optimizer.ema_decay` is set; the last ones where there is no validation
@@ -56,6 +61,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
         config: see `configs/common.py`.
         workdir: the run's folder, also a `gs://` address; given again, the run resumes. What is
             different there: `vvt_jax.storage`; and TensorBoard files are written to folders only.
+        flagged: fields, such as `data.size`, that were set on the command line: they go before
+            what a run or a model recorded, which goes before the rest of the config.
 
     Returns:
         The last evaluation's measurements, as in `metrics.jsonl`.
@@ -72,27 +79,28 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
         cache = Path(config.compilation_cache).expanduser()
         jax.config.update("jax_compilation_cache_dir", str(cache))
     may_write = config.mode == "train" or workdir.exists()
-    sources = _open_sources(config.data, workdir / "offsets" if may_write else None)
-    run = _Run(config, sources)
+    made = Provenance(config, workdir, flagged)
+    cache_dir = workdir / "offsets" if may_write else None
+    sources = made.match(_open_sources(made.config.data, cache_dir, made.cuts))
+    run = _Run(made.config, sources)
     data_lines = run.describe_data()
     if config.mode == "eval":
-        configuration.settle(config, workdir)
-        return _evaluate_only(run, config, workdir, data_lines)
+        return _evaluate_only(run, made, workdir, data_lines)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(telling_of_full_disks(workdir))
         if hosts.is_first():
             stack.enter_context(WorkdirLock(workdir))
-        configuration.settle(config, workdir, write=hosts.is_first())
+            made.write(workdir, run.preprocessing, sources)
         interruption = stack.enter_context(Interruption())
-        told: list[str] = []
+        told = made.told
         checkpoints = stack.enter_context(
             Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints, say=told.append)
         )
         if checkpoints.latest_step() is None:
             state, best = run.init_state(), Best()
             if config.init_from:
-                state, lines = run.start_from(config.init_from, state)
+                state, lines = run.start_from(made.read_start(), state)
                 told += lines
         else:
             state, best = checkpoints.restore(run.abstract_state)
@@ -186,9 +194,14 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
 
 
 def see_batch(
-    config: ConfigDict, step: int
+    config: ConfigDict, step: int, *, flagged: Collection[str] = ()
 ) -> tuple[np.ndarray, np.ndarray, Mapping[str, Any], Sequence[str]]:
     """What the model sees at a step of training, counted from 1.
+
+    Args:
+        config: of a new run.
+        step: of it.
+        flagged: as for `train_and_evaluate`.
 
     Returns:
         float32 images `[batch, height, width, 3]`, targets `[batch, num_classes]` (of segmentation:
@@ -199,8 +212,9 @@ def see_batch(
         UserError: as `train_and_evaluate`.
     """
     configuration.check_values(config)
-    sources = _open_sources(config.data)
-    run = _Run(config, sources)
+    made = Provenance(config, None, flagged)
+    sources = made.match(_open_sources(made.config.data, cuts=made.cuts))
+    run = _Run(made.config, sources)
     images, targets = run.see_batch(step)
     return images, targets, run.preprocessing, sources["train"].class_names
 
@@ -229,13 +243,22 @@ class _Run:
 
         examples = len(sources["train"].examples)
 
-        def in_steps(fields: ConfigDict, name: str) -> int:
-            steps = configuration.in_steps(fields, name, config.batch_size, examples, default=1.0)
+        def in_steps(name: str, default_steps: int | None = None) -> int:
+            steps = configuration.in_steps(
+                config,
+                name,
+                config.batch_size,
+                examples,
+                default=1.0,
+                default_steps=default_steps,
+            )
             return max(1, steps)
 
-        self.total_steps: int = in_steps(config, "total")
+        self.total_steps: int = in_steps("total")
         self._cadences = [
-            in_steps(config, f"{name}_every") for name in ("log", "eval", "checkpoint")
+            in_steps("log_every", default_steps=_LOG_EVERY),
+            in_steps("eval_every"),
+            in_steps("checkpoint_every"),
         ]
         self._schedule = make_schedule(
             config.optimizer,
@@ -317,11 +340,11 @@ class _Run:
         return init(self._config.seed)
 
     def start_from(
-        self, path: str, state: TrainState, *, keep_head: bool = False
+        self, start: StartingWeights, state: TrainState, *, keep_head: bool = False
     ) -> tuple[TrainState, list[str]]:
         """The state with the weights of a model folder or another run, and what to say of them."""
         variables, told = initial_variables(
-            path,
+            start,
             self._model,
             hosts.fetch(state.variables()),
             self._sources["train"].class_names,
@@ -542,22 +565,21 @@ class _Run:
             save_pretrained(folder, self._model, variables, self._task.card)
 
 
-def _open_sources(data: ConfigDict, cache_dir: AnyPath | None = None) -> dict[str, Source]:
-    splits = {
-        "train": data.train_split,
-        "validation": data.validation_split,
-        "test": data.test_split,
-    }
+def _open_sources(
+    data: ConfigDict,
+    cache_dir: AnyPath | None = None,
+    cuts: Mapping[str, Cut] | None = None,
+) -> dict[str, Source]:
     sources = {
         part: open_source(
             data.source,
             split,
             data_dir=data.data_dir,
             cache_dir=cache_dir,
+            cut=None if cuts is None else cuts[part],
             upright=data.upright,
         )
-        for part, split in splits.items()
-        if split
+        for part, split in splits_of(data).items()
     }
     if "train" not in sources:
         raise ConfigError("config.data.train_split is empty: training needs a split.")
@@ -579,18 +601,20 @@ def _weights(state: TrainState, prefix: str) -> list[tuple[str, bool]]:
 
 
 def _evaluate_only(
-    run: _Run, config: ConfigDict, workdir: AnyPath, data_lines: Sequence[str]
+    run: _Run, made: Provenance, workdir: AnyPath, data_lines: Sequence[str]
 ) -> dict[str, float]:
     also = run.open_also(workdir / "offsets" if workdir.exists() else None)
-    if config.init_from:
-        state, told = run.start_from(config.init_from, run.init_state(), keep_head=True)
+    told = made.told
+    if made.start is not None:
+        state, lines = run.start_from(made.start, run.init_state(), keep_head=True)
+        told += lines
     else:
-        with Checkpoints(workdir / "checkpoints", keep=None) as checkpoints:
+        with Checkpoints(workdir / "checkpoints", keep=None, say=told.append) as checkpoints:
             if checkpoints.latest_step() is None:
                 raise ConfigError(
                     f"{workdir} has no checkpoint to evaluate: is it the run's folder?"
                 )
-            (state, _), told = checkpoints.restore(run.abstract_state), []
+            state, _ = checkpoints.restore(run.abstract_state)
     told = [*run.describe_rows(), *told]
     folder = workdir / "evaluation"
     metrics = run.evaluate(state, "validation", "eval", folder)

@@ -1,8 +1,7 @@
 """Images in folders: a sub-folder for each class, with any folders below it."""
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -17,12 +16,10 @@ from vvt_jax.data.image_files import (
     note_junk,
 )
 from vvt_jax.data.sources import DataError
+from vvt_jax.data.splits import split_name
 from vvt_jax.storage import AnyPath
 
 _NAMES = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
-_SPLIT = re.compile(r"(\w+)(?:\[(?:(\d+)(%?))?:(?:(\d+)(%?))?\])?")
-_ORDER_SEED = 0  # of the order that parts of a split are cut from
-File = TypeVar("File")
 
 
 class _FolderExamples:
@@ -46,13 +43,13 @@ class _FolderExamples:
         return {"image": image, "label": int(self._labels[index])}
 
 
-def open_folder(split: str, data_dir: str | None, *, upright: bool = True) -> sources.Source:
+def open_folder(
+    split: str, data_dir: str | None, cut: sources.Cut, *, upright: bool = True
+) -> sources.Source:
     """A split of a folder; see `sources.open_source`.
 
     Classes are the names of the sub-folders that have images, sorted; those of `train` where there
     are several splits.
-    Parts of a split, such as `train[:90%]` and `train[90%:]`, are cut from a fixed random order, so
-    that each has all classes.
     """
     if not data_dir:
         raise DataError("The source 'folder' needs config.data.data_dir, the folder of the images.")
@@ -79,35 +76,21 @@ def open_folder(split: str, data_dir: str | None, *, upright: bool = True) -> so
     if not files:
         kinds = ", ".join(suffix[1:] for suffix in SUFFIXES)
         raise DataError(f"{places[name]} has no images in class folders ({kinds}).")
+    names = names_in(root, [path for path, _ in files])
+    chosen = cut(split, names, [label for _, label in files]).tolist()
     return sources.Source(
-        _FolderExamples(cut(files, split), upright),
+        _FolderExamples([files[i] for i in chosen], upright),
         tuple(classes),
         "folder",
         split,
         left_out=tuple(left_out.sentences(str(places[name]))),
+        names=[names[i] for i in chosen],
     )
 
 
-def split_name(split: str) -> str:
-    """`train`, `validation` or another name, of a split that may be a part of it.
-
-    Raises:
-        DataError: it is written in another way.
-    """
-    if not (found := _SPLIT.fullmatch(split)):
-        raise DataError(f"{split!r} is no split: write train, train[:90%] or train[100:].")
-    return "validation" if found[1] == "val" else found[1]
-
-
-def cut(files: list[File], split: str) -> list[File]:
-    """The files of a part of a split, such as `train[:90%]`, out of a fixed random order."""
-    if "[" not in split or not (found := _SPLIT.fullmatch(split)):
-        return files
-    _, first, first_percent, last, last_percent = found.groups()
-    start = _count(first, first_percent, len(files), 0)
-    stop = _count(last, last_percent, len(files), len(files))
-    order = np.random.default_rng(_ORDER_SEED).permutation(len(files))
-    return [files[i] for i in sorted(order[start:stop])]
+def names_in(root: AnyPath, paths: Sequence[str]) -> list[str]:
+    """What files are called in a source's folder, wherever that lies."""
+    return [path.removeprefix(f"{root}/") for path in paths]
 
 
 def split_folders(root: AnyPath, left_out: LeftOut | None = None) -> dict[str, AnyPath]:
@@ -199,9 +182,3 @@ def _images_by_class(place: AnyPath, left_out: LeftOut) -> dict[str, list[str]]:
         name: [str(place / name / file) for file in _listed(place / name, left_out)]
         for name in _sub_folders(place, left_out)
     }
-
-
-def _count(number: str | None, percent: str | None, total: int, default: int) -> int:
-    if number is None:
-        return default
-    return min(total, round(int(number) / 100 * total) if percent else int(number))

@@ -30,6 +30,7 @@ from vvt_jax.data.image_files import (
 )
 from vvt_jax.data.segmentation import IGNORED
 from vvt_jax.data.sources import BrokenImageError, DataError
+from vvt_jax.data.splits import split_name
 from vvt_jax.storage import SizeLimit
 
 CLASSES, IMAGES, MASKS = "classes.txt", "images", "masks"
@@ -117,10 +118,9 @@ def decode_mask(file: Any, told: str, num_classes: int, *, upright: bool = True)
 
 
 def open_folder_segmentation(
-    split: str, data_dir: str | None, *, upright: bool = True
+    split: str, data_dir: str | None, cut: sources.Cut, *, upright: bool = True
 ) -> sources.Source:
-    """A split of a folder; see `sources.open_source`. Parts of a split are cut as of a folder of
-    classes."""
+    """A split of a folder; see `sources.open_source`."""
     if not data_dir:
         raise DataError(
             "The source 'folder_segmentation' needs config.data.data_dir, the folder of "
@@ -129,7 +129,7 @@ def open_folder_segmentation(
     if storage.is_remote(data_dir):
         raise DataError(f"{data_dir} can't be read: images with masks lie in a folder here.")
     root = Path(data_dir).expanduser()
-    name = folder.split_name(split)
+    name = split_name(split)
     # Nothing but `images` and `masks` is a class here, so that `train` can only be a split
     places = {"train": root} if (root / IMAGES).is_dir() else folder.named_splits(root)
     if name not in places:
@@ -148,14 +148,17 @@ def open_folder_segmentation(
     if not 0 < len(names) <= IGNORED:
         raise DataError(f"{root / CLASSES} has {len(names)} classes: there can be 1 to {IGNORED}.")
     left_out = LeftOut()
-    pairs = folder.cut(_pairs(places[name], left_out), split)
+    pairs = _pairs(places[name], left_out)
+    images = folder.names_in(root, [image for image, _ in pairs])
+    chosen = cut(split, images, [0] * len(pairs)).tolist()  # an image has no class of its own
     return sources.Source(
-        _PairExamples(pairs, len(names), upright),
+        _PairExamples([pairs[i] for i in chosen], len(names), upright),
         names,
         "folder_segmentation",
         split,
         pixels=True,
         left_out=tuple(left_out.sentences(str(places[name]))),
+        names=[images[i] for i in chosen],
     )
 
 

@@ -37,7 +37,7 @@ _TURNS = {  # from an EXIF orientation to what shows the image upright
     7: PIL.Image.Transpose.TRANSVERSE,
     8: PIL.Image.Transpose.ROTATE_90,
 }
-_FIELDS = ("size", "crop_fraction", "interpolation", "mean", "std")
+FIELDS = ("size", "crop_fraction", "interpolation", "mean", "std")
 
 
 class UnfitImageError(UserError):
@@ -71,9 +71,9 @@ def check_record(record: Mapping[str, Any]) -> None:
     """
     if not isinstance(record, Mapping):
         raise ValueError(f"A preprocessing record must be a dict, not {type(record).__name__}.")
-    if set(record) != set(_FIELDS):
+    if set(record) != set(FIELDS):
         raise ValueError(
-            f"A preprocessing record has the fields {', '.join(_FIELDS)}, "
+            f"A preprocessing record has the fields {', '.join(FIELDS)}, "
             f"not {', '.join(map(str, record))}."
         )
     size = record["size"]

@@ -5,7 +5,7 @@ python -m vvt_jax.data.show --config=configs/digits.py --out=sheet.png [--step=1
 
 import functools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import PIL.ImageFont
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from vvt_jax.configuration import ConfigError, parse_flags
+from vvt_jax.configuration import ConfigError, flagged_fields, parse_flags
 from vvt_jax.data.overlay import draw_comparison
 from vvt_jax.errors import UserError
 
@@ -69,12 +69,15 @@ def _caption(target: np.ndarray, class_names: Sequence[str]) -> str:
     return " + ".join(f"{class_names[i]} {shares[i]:.2f}" for i in order)
 
 
-def training_batch(config: ConfigDict, step: int) -> tuple[np.ndarray, np.ndarray, Sequence[str]]:
+def training_batch(
+    config: ConfigDict, step: int, flagged: Collection[str] = ()
+) -> tuple[np.ndarray, np.ndarray, Sequence[str]]:
     """What the model sees at a step of training.
 
     Args:
         config: of the run.
         step: counted from 1.
+        flagged: fields that were set on the command line.
 
     Returns:
         uint8 images `[batch, height, width, 3]`, targets `[batch, classes]` (of segmentation: uint8
@@ -85,7 +88,7 @@ def training_batch(config: ConfigDict, step: int) -> tuple[np.ndarray, np.ndarra
     """
     from vvt_jax import train  # imports jax
 
-    images, targets, record, names = train.see_batch(config, step)
+    images, targets, record, names = train.see_batch(config, step, flagged=flagged)
     mean, std = (np.asarray(record[key], np.float32) for key in ("mean", "std"))
     pixels = np.clip((np.asarray(images) * std + mean) * 255, 0, 255).round().astype(np.uint8)
     return pixels, np.asarray(targets), names
@@ -98,7 +101,8 @@ def main(argv: list[str], arguments: Mapping[str, Any]) -> None:
         step, count = arguments["step"].value, arguments["images"].value
         if step < 1 or count < 1:
             raise ConfigError("--step and --images count from 1.")
-        images, targets, names = training_batch(arguments["config"].value, step)
+        flagged = flagged_fields(arguments["config"])
+        images, targets, names = training_batch(arguments["config"].value, step, flagged)
         out = Path(arguments["out"].value)
         if targets.ndim == 3:
             pictures = [PIL.Image.fromarray(image) for image in images[:count]]

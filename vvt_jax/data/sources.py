@@ -8,8 +8,8 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
-from typing import Any, BinaryIO, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, BinaryIO, Protocol, TypeAlias
 
 import numpy as np
 import PIL.Image
@@ -21,6 +21,9 @@ from vvt_jax.errors import UserError
 from vvt_jax.storage import SizeLimit
 
 _LONGEST_SIDE = 2**16 - 1  # pixels; JPEG has no longer one
+# From a split as a config writes it, the name of every example of the whole split and the class of
+# each: the indices of the examples that belong to the part; see `splits`.
+Cut: TypeAlias = Callable[[str, Sequence[str], Sequence[int]], np.ndarray]
 
 
 class DataError(UserError):
@@ -60,6 +63,8 @@ class Source:
         split: the split that was asked for.
         pixels: each pixel has a label, not each image.
         left_out: a sentence for each kind of file or folder beside the examples that is not used.
+        names: a name for each example that stays the same whenever the source is opened, such as
+            the path of its file in the source's folder; None where the source has no such names.
     """
 
     examples: Examples
@@ -68,10 +73,45 @@ class Source:
     split: str
     pixels: bool = False
     left_out: tuple[str, ...] = ()
+    names: Sequence[str] | None = None
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+
+def with_classes(source: Source, class_names: Sequence[str]) -> Source:
+    """A source whose labels count the classes in another order, of which it may lack some.
+
+    Args:
+        source: its own class names occur in `class_names`, once each.
+        class_names: in the order of the new labels.
+    """
+    if tuple(class_names) == source.class_names:
+        return source
+    labels = {name: label for label, name in enumerate(class_names)}
+    examples = _Relabelled(source.examples, [labels[name] for name in source.class_names])
+    return dataclasses.replace(source, examples=examples, class_names=tuple(class_names))
+
+
+class _Relabelled:
+    """Examples whose labels stand for other class numbers."""
+
+    def __init__(self, examples: Examples, labels: Sequence[int]):
+        self._examples = examples
+        self._labels = np.array(labels, np.int32)
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = self._examples[index]
+        label = example["label"]
+        if np.ndim(label):
+            table = np.arange(256).astype(np.uint8)  # what is ignored stays so
+            table[: len(self._labels)] = self._labels
+            return {**example, "label": table[label]}
+        return {**example, "label": int(self._labels[label])}
 
 
 def open_source(
@@ -81,6 +121,7 @@ def open_source(
     data_dir: str | None = None,
     cache_dir: str | os.PathLike | None = None,
     upright: bool = True,
+    cut: Cut | None = None,
 ) -> Source:
     """Opens a data set that was prepared; never downloads, and uses the network for `gs://` and
     `s3://` addresses only.
@@ -104,11 +145,15 @@ def open_source(
         cache_dir: keeps where the records of TFRecord files begin; None: found anew each time.
         upright: turn images as their EXIF orientation says; False: leave them as they are stored.
             Masks belong to the image as it is displayed, unless they have an orientation too.
+        cut: how a part of a folder's split is chosen; None: `splits.ByHash`. The other sources cut
+            parts themselves, in the order of their examples.
 
     Raises:
         DataError: the name or split is unknown, or the data is missing, damaged, of another
             format, or without labelled images.
     """
+    from vvt_jax.data import splits  # which needs this module
+
     kind = name.partition(":")[0]
     if kind == "tfds":
         from vvt_jax.data.prepared import open_prepared
@@ -127,11 +172,12 @@ def open_source(
     if name == "folder":
         from vvt_jax.data.folder import open_folder
 
-        return open_folder(split, data_dir, upright=upright)
+        return open_folder(split, data_dir, cut or splits.ByHash([split]), upright=upright)
     if name == "folder_segmentation":
         from vvt_jax.data.folder_segmentation import open_folder_segmentation
 
-        return open_folder_segmentation(split, data_dir, upright=upright)
+        by = cut or splits.ByHash([split])
+        return open_folder_segmentation(split, data_dir, by, upright=upright)
     if name == "digits":
         return _open_digits(name, split)
     raise DataError(
