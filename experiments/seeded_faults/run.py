@@ -40,7 +40,7 @@ class _Phase:
     """What one run of pytest showed."""
 
     failed: str | None = None  # the first test that failed
-    why: str = ""  # the first line of its message
+    why: str = ""  # the start of its message
     running: str | None = None  # the test that had begun and not ended
     running_seconds: float = 0.0
     exit_code: int | None = None  # None: it was killed at the limit

@@ -18,9 +18,9 @@ def _note(event, nodeid, **more):
 def _failure(report):
     crash = getattr(report.longrepr, "reprcrash", None)
     text = crash.message if crash else str(report.longrepr)
-    lines = text.strip().splitlines() or [""]
-    # The last line of a text without a crash entry, such as that of a failed import, says the error
-    _note("failed", report.nodeid, why=lines[0 if crash else -1][:300])
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    # Without a crash entry, as of a failed import, the last line says what was wrong
+    _note("failed", report.nodeid, why=" ".join(lines[:2] if crash else lines[-1:])[:300])
 
 
 def pytest_runtest_logstart(nodeid):
