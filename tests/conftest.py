@@ -57,6 +57,50 @@ def small_config(compilation_cache):
     return config
 
 
+# Runs a module as a command, once for each list of arguments, each time in a child that already has
+# what takes long to import. It ends as a process of its own would.
+_FORK = """
+import json, os, runpy, sys, tempfile
+import vvt_jax.train
+
+module, cases = sys.argv[1], json.loads(sys.argv[2])
+for arguments in cases:
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        if not (child := os.fork()):
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            sys.argv = [module, *arguments]
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+            sys.exit()
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read().decode())
+        print(json.dumps([status, *texts]), flush=True)
+"""
+
+
+def run_each(
+    module: str, cases: list[list[str]], cache: Path
+) -> list[subprocess.CompletedProcess[str]]:
+    """`python -m MODULE` with each list of arguments; they share the time that imports take."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _FORK, module, json.dumps(cases)],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(cache)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    return [
+        subprocess.CompletedProcess(arguments, *one)
+        for arguments, one in zip(cases, found, strict=True)
+    ]
+
+
 class Run:
     """`python -m vvt_jax.main` on the small run, as a process."""
 

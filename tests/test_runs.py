@@ -10,6 +10,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from tests.conftest import run_each
+
 pytestmark = pytest.mark.slow  # each starts processes of its own
 STEPS = 12
 SHORT = f"--config.total_steps={STEPS}"
@@ -163,66 +165,75 @@ def test_mode_eval_prints_and_changes_nothing(run, straight, read_metrics):
     assert read_metrics(straight) == before
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (
-            ["--config.optimizer.learning_rat=1"],
-            "There is no field config.optimizer.learning_rat: did you mean 'learning_rate'?",
-        ),
-        (["--config.nothing=1"], "There is no field config.nothing"),
-        (["--config.batch_size=0"], "config.batch_size=0 can't be run: it has to be positive."),
-        (["--config.mode=test"], "config.mode='test' can't be run: it is 'train' or 'eval'."),
-        (["--config.model.name=vvt_tinny"], "did you mean 'vvt_tiny'?"),
-        (["--config.model.locality=2d"], "config.model: Unknown locality '2d'"),
-        (["--config.model.num_classes=5"], "config.model.num_classes=5 is too small"),
-        (["--config.model.embed_dims=(33,48,64,64)"], "stage 1's 33 channels do not divide by 2"),
-        (["--config.augment.crop=middle"], "config.augment: Unknown crop 'middle'"),
-        (["--config.data.source=imagenet"], "Unknown data source 'imagenet'"),
-        (["--config.data.source=tfds:imagenet2012"], "python -m vvt_jax.prepare imagenet2012"),
-        (["--config.data.test_split=tset"], "'digits' has no split 'tset'"),
-        (["--config.data.train_split="], "config.data.train_split is empty"),
-        (["--config.data.size=(16,32)"], "config.data.size: images must be"),
-        (["--config.data.interpolation=cubic"], "config.data: Unknown interpolation 'cubic'"),
-        (["--config.mesh.data=3"], "config.mesh (data=3, fsdp=1, spatial=1)"),
-        (["leftover"], "Not a flag: leftover"),
-    ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
-)
-def test_bad_input_gets_one_sentence(run, tmp_path, flags, message):
-    started = time.monotonic()
-    done = run(tmp_path / "never", SHORT, *flags)
-    assert done.returncode == 1
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: ")
-    assert message in last
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "never").exists()
-    assert time.monotonic() - started < 60  # at once, not after network retries
+_BAD_INPUT = [
+    (
+        "--config.optimizer.learning_rat=1",
+        "There is no field config.optimizer.learning_rat: did you mean 'learning_rate'?",
+    ),
+    ("--config.nothing=1", "There is no field config.nothing"),
+    ("--config.batch_size=0", "config.batch_size=0 can't be run: it has to be positive."),
+    ("--config.mode=test", "config.mode='test' can't be run: it is 'train' or 'eval'."),
+    ("--config.model.name=vvt_tinny", "did you mean 'vvt_tiny'?"),
+    ("--config.model.locality=2d", "config.model: Unknown locality '2d'"),
+    ("--config.model.num_classes=5", "config.model.num_classes=5 is too small"),
+    ("--config.model.embed_dims=(33,48,64,64)", "stage 1's 33 channels do not divide by 2"),
+    ("--config.augment.crop=middle", "config.augment: Unknown crop 'middle'"),
+    ("--config.data.source=imagenet", "Unknown data source 'imagenet'"),
+    ("--config.data.source=tfds:imagenet2012", "python -m vvt_jax.prepare imagenet2012"),
+    ("--config.data.test_split=tset", "'digits' has no split 'tset'"),
+    ("--config.data.train_split=", "config.data.train_split is empty"),
+    ("--config.data.size=(16,32)", "config.data.size: images must be"),
+    ("--config.data.interpolation=cubic", "config.data: Unknown interpolation 'cubic'"),
+    ("--config.mesh.data=3", "config.mesh (data=3, fsdp=1, spatial=1)"),
+    ("leftover", "Not a flag: leftover"),
+]
 
 
-@pytest.mark.parametrize("flags", [[], ["--config.seed=1"]], ids=["", "override"])
-def test_a_missing_config_file_is_named(run, tmp_path, flags):
-    done = run(tmp_path, *flags, config="configs/nothing.py")
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: The config file can't be read: ")
-    assert "No such file or directory: 'configs/nothing.py'" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_an_unknown_field_in_a_config_file_is_named(run, tmp_path):
-    file = tmp_path / "mine.py"
-    file.write_text(
+@pytest.fixture(scope="module")
+def refused(compilation_cache, tmp_path_factory):
+    """How the command ends with each of the flags above, and with configs that can't be read."""
+    folder = tmp_path_factory.mktemp("refused")
+    mine = folder / "mine.py"
+    mine.write_text(
         "from configs import digits\n"
         "def get_config(_=''):\n"
         "    config = digits.get_config()\n"
         "    config.optimizer.lerning_rate = 0.1\n"
         "    return config\n"
     )
-    done = run(tmp_path / "run", config=str(file))
+    workdir, config = f"--workdir={folder / 'never'}", "--config=configs/digits.py"
+    cases = {flags: [config, workdir, SHORT, flags] for flags, _ in _BAD_INPUT}
+    cases["no config"] = ["--config=configs/nothing.py", workdir]
+    cases["no config, a field"] = ["--config=configs/nothing.py", workdir, "--config.seed=1"]
+    cases["a field that there isn't"] = [f"--config={mine}", workdir]
+    ended = run_each("vvt_jax.main", list(cases.values()), compilation_cache)
+    assert not (folder / "never").exists()
+    return dict(zip(cases, ended, strict=True))
+
+
+def _sentence(done):
     assert done.returncode == 1
-    assert "There is no field lerning_rate: did you mean 'learning_rate'?" in done.stderr
     assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    return last
+
+
+@pytest.mark.parametrize(("flags", "message"), _BAD_INPUT)
+def test_bad_input_gets_one_sentence(refused, flags, message):
+    assert message in _sentence(refused[flags])
+
+
+@pytest.mark.parametrize("case", ["no config", "no config, a field"])
+def test_a_missing_config_file_is_named(refused, case):
+    told = _sentence(refused[case])
+    assert told.startswith("error: The config file can't be read: ")
+    assert "No such file or directory: 'configs/nothing.py'" in told
+
+
+def test_an_unknown_field_in_a_config_file_is_named(refused):
+    told = _sentence(refused["a field that there isn't"])
+    assert "There is no field lerning_rate: did you mean 'learning_rate'?" in told
 
 
 def test_another_config_in_the_same_workdir_is_refused(run, straight):
