@@ -44,6 +44,16 @@ def compilation_cache(tmp_path_factory):
 
 
 @pytest.fixture
+def optimized():
+    """Compiles what a test compiles first as users do: for figures that depend on it, such as
+    memory or the last bits of long sums."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
 def small_config(compilation_cache):
     """A run of 12 steps of 64 digits: logs every 2, evaluates every 4, saves every 3."""
     from configs import digits

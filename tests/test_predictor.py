@@ -104,7 +104,9 @@ def test_every_kind_of_file_is_read(predictor, tmp_path):
 
     seen = {path.name: predictor.pixels(path)[0].astype(int) for path in tmp_path.iterdir()}
     assert len(seen) == 8
-    for name in ("rgb.webp", "alpha.png", "turned.png"):
+    whitened = 255 + 128 / 255 * (seen["rgb.png"] - 255)  # half seen through, on white
+    assert np.abs(seen["alpha.png"] - whitened).max() <= 2
+    for name in ("rgb.webp", "turned.png"):
         np.testing.assert_array_equal(seen[name], seen["rgb.png"], err_msg=name)
     for name in ("rgb.jpg", "cmyk.jpg"):
         assert np.abs(seen[name] - seen["rgb.png"]).mean() < 4, name
@@ -139,7 +141,7 @@ def test_features_are_those_of_the_model_at_any_size(predictor, loaded):
         predictor.pooled(picture, size=(16, 48))
 
 
-def test_results_are_in_order_and_further_arrays_go_along(predictor):
+def test_results_are_in_order_and_further_arrays_go_along(predictor, optimized):
     def marked(model, variables, images, marks):
         return images.mean((1, 2, 3)), marks * 2
 

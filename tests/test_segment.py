@@ -142,7 +142,7 @@ def test_an_image_is_segmented_at_its_own_size():
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"short_side": 16}, "`short_side` must be 32 or more"),
+        ({"short_side": 16}, "`short_side` must be a whole number from 32"),
         ({"stride": 40}, "no less than 32 and the stride"),
         ({"scales": []}, "`scales` must be"),
         ({"overlap": 2}, "The settings are"),

@@ -169,7 +169,9 @@ class _Records:
 @pytest.mark.parametrize("label", [-1, 10, 99])
 def test_tfds_labels_out_of_range_are_named(label, several):
     features = _Records([0, label] if several else label, 10, several)
-    examples = prepared._PreparedExamples([b""], features, "label", "'x', split 'y'", True)
+    examples = prepared._PreparedExamples(
+        [b""], [("x.tfrecord", 1)], features, "label", "'x', split 'y'", True
+    )
     with pytest.raises(
         sources.DataError, match=rf"Image 0 of 'x', split 'y' has the label {label}"
     ):
@@ -181,7 +183,9 @@ def test_tfds_images_follow_their_orientation_unless_the_recipe_does_not(upright
     exif = PIL.Image.Exif()
     exif[0x0112] = 6
     features = _Records(3, 10, exif=exif)
-    examples = prepared._PreparedExamples([b""], features, "label", "'x', split 'y'", upright)
+    examples = prepared._PreparedExamples(
+        [b""], [("x.tfrecord", 1)], features, "label", "'x', split 'y'", upright
+    )
     example = examples[0]
     assert (example["image"].size, example["label"]) == (size, 3)
 

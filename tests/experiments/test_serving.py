@@ -159,7 +159,7 @@ def test_other_methods_are_refused(page):
 def test_what_is_no_image_is_refused(page, digit):
     content, _ = digit
     other = io.BytesIO()
-    PIL.Image.new("RGB", (32, 32)).save(other, "GIF")
+    PIL.Image.new("RGB", (32, 32)).save(other, "PCX")
     no_image = (400, "This is not an image of a format that is read here.")
     assert _refusal(page, b"no image") == no_image
     assert _refusal(page, other.getvalue()) == no_image

@@ -672,7 +672,7 @@ def test_images_that_do_not_fit_are_refused(shape, method):
         ({"embed_dims": (32, 48, 64, 64.0)}, "embed_dims=(32, 48, 64, 64.0) does not fit"),
         ({"mlp_ratios": 4}, "mlp_ratios=4 does not fit: it takes four"),
         ({"patch_strides": "4222"}, "patch_strides='4222' does not fit: it takes four"),
-        ({"ffn_bands": 0}, "ffn_bands=0 does not fit: it takes a positive whole number"),
+        ({"ffn_bands": 0}, "ffn_bands=0 does not fit: it takes a whole number"),
         ({"ffn_bands": 2.0}, "ffn_bands=2.0 does not fit"),
         ({"drop_path_rate": 1.0}, "drop_path_rate=1.0 does not fit: it is a probability"),
         ({"drop_path_rate": -0.1}, "drop_path_rate=-0.1 does not fit"),
