@@ -111,6 +111,7 @@ def test_a_target_without_its_compiler_says_what_to_install():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 def test_temporaries_and_donation_of_the_train_step():
     """vvt_tiny at batch 4 and 224 pixels, as measured, ±10 %."""
     program = Program(Setting("vvt_tiny", batch=4, train=True, fields={"drop_path_rate": 0.1}))
@@ -121,6 +122,7 @@ def test_temporaries_and_donation_of_the_train_step():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize(
     ("size", "batch", "expected"), [(224, 1, 31e6), (224, 8, 246e6), (1024, 1, 632e6)]
 )

@@ -387,7 +387,7 @@ _GRADIENTS = """
 
     (logits, one), told = run(None), {}
     norm = np.sqrt(sum(np.square(g).sum() for g in gradients(one)))
-    for sizes in ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 1, 8, 2)):
+    for sizes in ((1, 8, 1), (2, 2, 2), (1, 1, 8, 2)):
         other_logits, other = run(sizes[:3], *sizes[3:])
         far = np.sqrt(sum(np.square(a - b).sum() for a, b in
                           zip(gradients(one), gradients(other), strict=True)))
@@ -403,9 +403,9 @@ _GRADIENTS = """
 
 @pytest.mark.slow
 def test_a_step_on_eight_devices_equals_one_on_one(compilation_cache):
-    """The last with feed-forward networks in two bands of rows."""
+    """One axis by itself, all three, and rows with feed-forward networks in two bands."""
     told = _on_eight_devices(_GRADIENTS, JAX_COMPILATION_CACHE_DIR=str(compilation_cache))
-    assert list(told) == ["(8, 1, 1)", "(1, 8, 1)", "(1, 1, 8)", "(2, 2, 2)", "(1, 1, 8, 2)"]
+    assert list(told) == ["(1, 8, 1)", "(2, 2, 2)", "(1, 1, 8, 2)"]
     for mesh, found in told.items():
         for name in ("loss", "grad_norm"):
             np.testing.assert_allclose(*found[name], rtol=1e-5, err_msg=f"{mesh} {name}")

@@ -114,8 +114,11 @@ def test_tiny_where_the_clamps_act():
 @pytest.mark.slow
 @pytest.mark.parametrize(("depthwise", "attention"), _PLATFORM_FORMS)
 @pytest.mark.parametrize("case", ["tiny_224", "tiny_160x96_small_gain", "small_128"])
-def test_published_sizes(case, depthwise, attention):
-    options = None if case == "tiny_224" else _QUICK_COMPILE  # one as it is compiled for use
+def test_published_sizes(case, depthwise, attention, request):
+    options = _QUICK_COMPILE
+    if case == "tiny_224":  # one as it is compiled for use
+        options = None
+        request.getfixturevalue("optimized")
     _assert_golden(case, depthwise, attention, compiler_options=options)
 
 
