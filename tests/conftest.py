@@ -45,8 +45,8 @@ def compilation_cache(tmp_path_factory):
 
 @pytest.fixture
 def optimized(monkeypatch):
-    """Compiles what a test compiles first as users do, in its processes too: for figures that depend
-    on it, such as memory or the last bits of long sums."""
+    """Compiles as users do what a test compiles first, here and in its processes: for figures that
+    depend on it, such as memory or the last bits of long sums."""
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "false")
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", False)
