@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import optax
 import pytest
 
 from configs import ade20k, common, digits, imagenet
@@ -121,9 +122,12 @@ def test_every_config_describes_a_run(name, arg):
     check_mixing(config.augment)
     fields = {k: v for k, v in config.model.items() if v is not None}
     model = create(**{**fields, "num_classes": 10})
-    assert model.depths[0]
+    assert model.num_classes == 10
     schedule = make_schedule(config.optimizer, 100, 10, config.batch_size)
-    assert make_optimizer(config.optimizer, schedule)
+    assert 0 < float(schedule(10)) < 0.1
+    params = {"stage1": {"norm": {"bias": np.zeros(2, np.float32)}}}
+    state = make_optimizer(config.optimizer, schedule).init(params)
+    assert np.shape(optax.tree.get(state, "mu")["stage1"]["norm"]["bias"]) == (2,)
     assert f"python -m vvt_jax.main --config=configs/{name}.py" in module.__doc__
     if "_" not in name and name != "digits":
         assert "ot run" in module.__doc__

@@ -199,6 +199,16 @@ def _write_idx(path, array, magic=b"\x00\x00\x08", pack=True):
         path.write_bytes(content)
 
 
+def test_labels_of_another_data_set_are_refused(small_fashion, tmp_path):
+    shutil.copytree(small_fashion, tmp_path / "files")
+    name = fashion_mnist.FILES["train"][1]
+    _write_idx(tmp_path / "files" / name, np.array([0, 1, 2, 3, 10]))
+    with pytest.raises(DataError, match="are not Fashion-MNIST's"):
+        prepare(
+            "fashion_mnist", data_dir=str(tmp_path / "data"), manual_dir=str(tmp_path / "files")
+        )
+
+
 def test_fashion_mnist_from_its_files(small_fashion, tmp_path):
     folder = prepare("fashion_mnist", data_dir=str(tmp_path), manual_dir=str(small_fashion))
     assert folder == tmp_path / "fashion_mnist" / "1.0.0"

@@ -13,9 +13,8 @@ from vvt_jax.data.show import training_batch
 from vvt_jax.data.sources import open_source
 from vvt_jax.pretrained import load_pretrained
 from vvt_jax.segment import segment_image
+from vvt_jax.tasks import make_task
 from vvt_jax.train import train_and_evaluate
-
-pytestmark = pytest.mark.slow  # a run of its own
 
 
 @pytest.fixture
@@ -66,6 +65,7 @@ def _measure(folder, scenes):
     return np.mean(hits[union > 0] / union[union > 0]), hits.sum() / confusion.sum()
 
 
+@pytest.mark.slow  # a run of its own
 def test_a_run_measures_what_its_model_folder_gives(finished, scenes):
     workdir, metrics = finished
     assert metrics["eval/examples"] == 5
@@ -79,6 +79,7 @@ def test_a_run_measures_what_its_model_folder_gives(finished, scenes):
     assert steps == ["eval_00000002.png", "eval_00000004.png"]
 
 
+@pytest.mark.slow  # a run of its own
 def test_batch_statistics_are_kept_in_checkpoints_and_folders(finished):
     workdir, _ = finished
     _, variables, _ = load_pretrained(workdir / "model")
@@ -88,6 +89,7 @@ def test_batch_statistics_are_kept_in_checkpoints_and_folders(finished):
         assert "batch_stats" in checkpoints.restore_variables()
 
 
+@pytest.mark.slow  # a run of its own
 def test_eval_writes_each_class_and_equals_the_run(finished, config):
     workdir, metrics = finished
     config.mode = "eval"
@@ -100,6 +102,7 @@ def test_eval_writes_each_class_and_equals_the_run(finished, config):
     assert np.mean(ious) == pytest.approx(metrics["eval/miou"], abs=1e-4)
 
 
+@pytest.mark.slow  # a run of its own
 def test_what_the_model_sees_is_a_picture(config):
     images, masks, names = training_batch(config, 1)
     assert images.shape == (4, 32, 32, 3)
@@ -108,6 +111,7 @@ def test_what_the_model_sees_is_a_picture(config):
     assert names == ("noise", "red", "green")
 
 
+@pytest.mark.slow  # a run of its own
 def test_settings_of_the_other_task_are_refused(config, tmp_path):
     def refused(told):
         with pytest.raises(ConfigError, match=told):
@@ -126,3 +130,20 @@ def test_settings_of_the_other_task_are_refused(config, tmp_path):
     config = digits.get_config()
     config.model.head = "fpn"
     refused("labels whole images")
+
+
+def test_the_auxiliary_loss_has_its_weight(config):
+    source = open_source("folder_segmentation", "train", data_dir=config.data.data_dir)
+    rng = np.random.default_rng(0)
+    logits, auxiliary = rng.standard_normal((2, 1, 4, 4, 3), np.float32)
+    targets = rng.integers(3, size=(1, 4, 4)).astype(np.uint8)
+
+    def loss(outputs, weight):
+        config.optimizer.auxiliary_weight = weight
+        return float(make_task(config, source).loss(outputs, targets))
+
+    both, main, other = (
+        loss(outputs, 0.25) for outputs in ((logits, auxiliary), (logits, None), (auxiliary, None))
+    )
+    assert both == pytest.approx(main + 0.25 * other, rel=1e-5)
+    assert loss((logits, auxiliary), 0.0) == pytest.approx(main, rel=1e-6)

@@ -71,6 +71,14 @@ def test_box_areas_are_even():
     assert (areas < 0.31).mean() == pytest.approx(0.25, abs=0.07)
 
 
+def test_boxes_are_as_often_tall_as_wide():
+    """The logarithm of width / height is what is even, not the ratio, which would favour wide."""
+    rng = np.random.default_rng(0)
+    boxes = [augment._random_box(400, 400, rng, (0.08, 0.5), (1 / 3, 3)) for _ in range(2000)]
+    logarithms = np.log([w / h for _, _, w, h in boxes])
+    assert abs(logarithms.mean()) < 0.05
+
+
 @pytest.mark.parametrize(
     ("size", "box"),
     [((10, 1000), (0, 493, 10, 13)), ((1000, 10), (493, 0, 13, 10))],
