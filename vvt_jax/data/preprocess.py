@@ -27,7 +27,7 @@ _LARGEST_RESIZED = 2**25  # pixels; a line of pixels would become gigabytes
 _LARGEST_WHERE_ASKED_FOR = 2**27  # pixels, where the model's input itself is large
 _LARGEST_SIDE = 2**14  # pixels
 _LONGEST_COVER = 2**15  # pixels
-_SMALLEST_STD, _LARGEST_STD = 1e-3, 10
+_SMALLEST_STD, _LARGEST_STD = 1e-30, 10  # the inverse of the smallest one is still a float32
 _TURNS = {  # from an EXIF orientation to what shows the image upright
     2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
     3: PIL.Image.Transpose.ROTATE_180,
