@@ -158,7 +158,7 @@ def test_mode_eval_prints_and_changes_nothing(run, straight, read_metrics):
     done = run(straight, SHORT, "--config.mode=eval")
     assert done.returncode == 0, done.stderr
     for part, examples in (("eval", 144), ("test", 360)):
-        line = next(text for text in done.stdout.splitlines() if f" {part} " in text)
+        line = next(text for text in done.stdout.splitlines() if f": {part} " in text)
         assert line.startswith(f"step {STEPS}: {part} top-1 ")
         assert line.endswith(f"({examples} images)")
         assert f"{100 * before[-1][f'{part}/top1']:.2f} %" in line
