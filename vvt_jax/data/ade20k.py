@@ -17,7 +17,7 @@ import PIL.Image
 import tensorflow_datasets as tfds
 
 from vvt_jax import storage
-from vvt_jax.data.folder_segmentation import MASK_FORMATS
+from vvt_jax.data.image_files import MASK_FORMATS
 from vvt_jax.data.segmentation import IGNORED
 from vvt_jax.data.sources import DataError, check_sides
 from vvt_jax.storage import SizeLimit
