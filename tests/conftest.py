@@ -23,12 +23,22 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 import jax
 import pytest
 
+from tests import fork_server
+
 ROOT = Path(__file__).parent.parent
+WIDTHS = {"embed_dims": (8, 8, 16, 16), "mlp_ratios": (2, 2, 2, 2)}  # of small runs
 CLOCKED = ("train/images_per_second", "train/data_wait")
 
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="tests/faults: in the numbers to count")
+
+
+def pytest_collection_modifyitems(items):
+    """Files whose tests share whole runs come first: a worker that takes over tests at the end
+    would have to repeat these runs."""
+    sharing = {"test_train.py", "test_runs.py", "test_hosts.py", "test_faults.py"}
+    items.sort(key=lambda item: item.path.name not in sharing)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -65,51 +75,25 @@ def small_config(compilation_cache):
     config.eval_every_steps = 4
     config.checkpoint_every_steps = 3
     config.compilation_cache = str(compilation_cache)
+    config.model.update(WIDTHS)
     return config
 
 
-# Runs a module as a command, once for each list of arguments, each time in a child that already has
-# what takes long to import. It ends as a process of its own would.
-_FORK = """
-import json, os, runpy, sys, tempfile
-import vvt_jax.train
+def draw_variables(model, seed: int = 0) -> dict:
+    """Random variables of a model, as large as trained ones; `init` takes seconds to compile."""
+    import numpy as np
+    from flax.traverse_util import unflatten_dict
 
-module, cases = sys.argv[1], json.loads(sys.argv[2])
-for arguments in cases:
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        if not (child := os.fork()):
-            os.dup2(out.fileno(), 1)
-            os.dup2(err.fileno(), 2)
-            sys.argv = [module, *arguments]
-            runpy.run_module(module, run_name="__main__", alter_sys=True)
-            sys.exit()
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        texts = []
-        for file in (out, err):
-            file.seek(0)
-            texts.append(file.read().decode())
-        print(json.dumps([status, *texts]), flush=True)
-"""
+    from vvt_jax.weights import variable_shapes
 
-
-def run_each(
-    module: str, cases: list[list[str]], cache: Path
-) -> list[subprocess.CompletedProcess[str]]:
-    """`python -m MODULE` with each list of arguments; they share the time that imports take."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _FORK, module, json.dumps(cases)],
-        cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(cache)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    return [
-        subprocess.CompletedProcess(arguments, *one)
-        for arguments, one in zip(cases, found, strict=True)
-    ]
+    rng = np.random.default_rng(seed)
+    drawn = {}
+    for path, shape in variable_shapes(model).items():
+        kind = path.rpartition("/")[2]
+        deviation = np.prod(shape[-4:-1]) ** -0.5 if kind == "kernel" else 0.1
+        values = rng.normal(scale=deviation, size=shape)
+        drawn[path] = (1 + abs(values) if kind in ("scale", "var") else values).astype(np.float32)
+    return unflatten_dict(drawn, sep="/")
 
 
 class Run:
@@ -119,35 +103,30 @@ class Run:
         self._cache = cache
 
     def start(
-        self, workdir: Path, *flags: str, config: str = "configs/digits.py", devices: int = 1
-    ):
-        environment = {
-            **os.environ,
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        }
-        return subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "vvt_jax.main",
-                f"--config={config}",
-                f"--workdir={workdir}",
-                "--config.log_every_steps=2",
-                "--config.eval_every_steps=4",
-                "--config.checkpoint_every_steps=3",
-                f"--config.compilation_cache={self._cache}",
-                *flags,
-            ],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        self,
+        workdir: Path,
+        *flags: str,
+        config: str = "configs/digits.py",
+        devices: int = 1,
+    ) -> fork_server.Process:
+        arguments = [
+            "-m",
+            "vvt_jax.main",
+            f"--config={config}",
+            f"--workdir={workdir}",
+            "--config.log_every_steps=2",
+            "--config.eval_every_steps=4",
+            "--config.checkpoint_every_steps=3",
+            f"--config.compilation_cache={self._cache}",
+            *(f"--config.model.{name}={value}" for name, value in WIDTHS.items()),
+            *flags,
+        ]
+        count = f"--xla_force_host_platform_device_count={devices}"
+        return fork_server.start(arguments, {**os.environ, "XLA_FLAGS": count})
 
     def __call__(self, workdir: Path, *flags: str, **options) -> subprocess.CompletedProcess:
         process = self.start(workdir, *flags, **options)
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=600)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 

@@ -2,17 +2,14 @@
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from tests import fork_server
 from vvt_jax import benchmark
 from vvt_jax.benchmark import Program, Setting
 from vvt_jax.errors import UserError
 
-ROOT = Path(__file__).parent.parent
 _SMALL = ["--model=vvt_nano", "--size=32x64", "--batch=2", "--seconds=0.1"]
 
 
@@ -21,14 +18,7 @@ def _run(*flags, devices=1):
     environment.pop("XLA_FLAGS", None)
     if devices:
         environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
-    return subprocess.run(
-        [sys.executable, "-m", "vvt_jax.benchmark", *flags],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    return fork_server.run(["-m", "vvt_jax.benchmark", *flags], environment)
 
 
 def test_forward_as_a_table_and_json(tmp_path, capsys):
@@ -123,9 +113,7 @@ def test_temporaries_and_donation_of_the_train_step():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("optimized")
-@pytest.mark.parametrize(
-    ("size", "batch", "expected"), [(224, 1, 31e6), (224, 8, 246e6), (1024, 1, 632e6)]
-)
+@pytest.mark.parametrize(("size", "batch", "expected"), [(224, 8, 246e6), (1024, 1, 632e6)])
 def test_temporaries_of_the_forward_pass(size, batch, expected):
     program = Program(Setting("vvt_tiny", height=size, width=size, batch=batch))
     assert program.describe()["temporary_bytes"] == pytest.approx(expected, rel=0.1)
@@ -135,12 +123,19 @@ def test_temporaries_of_the_forward_pass(size, batch, expected):
 @pytest.mark.parametrize(
     ("bands", "permutes"),
     [
-        (1, 8 * 2 + 4),  # two a depthwise convolution and one a patch embedding
-        (4, 8 * 2 + 4),  # two a feed-forward network, of maps before they widen
+        (1, 4 * 2 + 4),  # two a depthwise convolution and one a patch embedding
+        (4, 4 * 2 + 4),  # two a feed-forward network, of maps before they widen
     ],
 )
 def test_rows_over_devices_trade_halos_and_small_sums_alone(tmp_path, bands, permutes):
-    flags = ["--size=256", "--mesh=spatial:8", "--set", f"ffn_bands={bands}", "--no-run"]
+    flags = [
+        "--model=vvt_nano",
+        "--size=256",
+        "--mesh=spatial:8",
+        "--set",
+        f"ffn_bands={bands}",
+        "--no-run",
+    ]
     done = _run(*flags, f"--json={tmp_path / 'r'}", devices=None)
     assert done.returncode == 0, done.stderr
     (result,) = json.loads((tmp_path / "r").read_text())

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import numpy as np
 import optax
 import pytest
 
+from tests import fork_server
 from vvt_jax.checkpoint import SUMS, Best, Checkpoints
 from vvt_jax.recipe.step import Totals, TrainState
 
@@ -290,12 +290,7 @@ def restored(tmp_path_factory):
         shutil.copytree(root / "other_model", root / damage.__name__)
         damage(root / damage.__name__ / "2")
     shutil.copytree(root / "_flipped", root / "read_only")
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(_RESTORE_EACH), str(root)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
-        capture_output=True,
-        text=True,
-    )
+    done = fork_server.run(["-c", textwrap.dedent(_RESTORE_EACH), root])
     assert done.returncode == 0, done.stderr
     return root, json.loads(done.stdout)
 
@@ -382,13 +377,7 @@ _WITHOUT_ROOM = """
 
 
 def test_a_checkpoint_without_room_is_told_of_and_leaves_the_one_before(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(_WITHOUT_ROOM), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = fork_server.run(["-c", textwrap.dedent(_WITHOUT_ROOM), tmp_path])
     assert done.returncode == 0, done.stderr
     # TensorStore's threads may print tracebacks of asyncio, past Python's logging
     assert "site-packages/orbax" not in done.stderr
@@ -433,12 +422,8 @@ _SHARDED = """
 
 
 def test_comes_back_on_other_meshes(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(_SHARDED), str(tmp_path)],
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
-        capture_output=True,
-        text=True,
-    )
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = fork_server.run(["-c", textwrap.dedent(_SHARDED), tmp_path], environment)
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
     restored, _ = _restore_dict(tmp_path)
     np.testing.assert_array_equal(

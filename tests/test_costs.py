@@ -17,15 +17,9 @@ def _published(model, size):
     [
         ("vvt_tiny", 224, 2.985),
         pytest.param("vvt_tiny", 384, 8.77, marks=pytest.mark.slow),
-        pytest.param("vvt_tiny", 512, 15.58, marks=pytest.mark.slow),
         ("vvt_small", 224, 5.586),
-        pytest.param("vvt_small", 384, 16.41, marks=pytest.mark.slow),
-        pytest.param("vvt_small", 512, 29.17, marks=pytest.mark.slow),
         ("vvt_medium", 224, 9.388),
-        pytest.param("vvt_medium", 384, 27.57, marks=pytest.mark.slow),
-        pytest.param("vvt_medium", 512, 49.01, marks=pytest.mark.slow),
         ("vvt_large", 224, 10.783),
-        pytest.param("vvt_large", 384, 31.67, marks=pytest.mark.slow),
         ("vvt_large", 512, 56.29),
     ],
 )

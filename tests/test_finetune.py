@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from vvt_jax import create_model, create_segmenter, forms, save_pretrained
+from tests.conftest import draw_variables
+from vvt_jax import create_model, create_segmenter, save_pretrained
 from vvt_jax.checkpoint import Best, CheckpointError, Checkpoints
 from vvt_jax.convert import to_pytorch
 from vvt_jax.finetune import initial_variables
@@ -30,8 +31,7 @@ def _model(**fields):
 @pytest.fixture(scope="module")
 def variables():
     """Of two different seeds: the given ones and the fresh ones."""
-    init = jax.jit(_model().init)
-    return [jax.device_get(init(jax.random.key(seed), smallest_image())) for seed in (0, 1)]
+    return [draw_variables(_model(), seed) for seed in (0, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_a_folder_of_the_same_classes_is_taken_whole(folder, variables):
 )
 def test_other_classes_get_a_new_head_and_are_told_so(folder, variables, names, words):
     model = _model(num_classes=len(names))
-    fresh = jax.device_get(jax.jit(model.init)(jax.random.key(1), smallest_image()))
+    fresh = draw_variables(model, seed=1)
     taken, told = initial_variables(folder, model, fresh, names)
     assert told[1:] == [words]
     chex.assert_trees_all_equal(taken["params"].pop("head"), fresh["params"]["head"])
@@ -80,9 +80,9 @@ def test_what_no_shape_tells_is_told(folder, variables):
 def _save_run(workdir, *, ema):
     model = _model()
     optimizer = make_optimizer(_FIELDS, lambda _: 1e-3)
-    state = jax.jit(lambda seed: init_state(model, optimizer, (1, 32, 32, 3), seed, ema=ema))(3)
-    if ema:
-        state = state.replace(ema=jax.tree.map(lambda p: p + 1, state.params))
+    state = jax.eval_shape(lambda: init_state(model, optimizer, (1, 32, 32, 3), 3, ema=ema))
+    rng = np.random.default_rng(3)
+    state = jax.tree.map(lambda x: rng.integers(9, size=x.shape).astype(x.dtype), state)
     with Checkpoints(workdir / "checkpoints", keep=2) as checkpoints:
         checkpoints.save(5, state, Best())
     (workdir / "config.json").write_text(
@@ -141,10 +141,7 @@ def test_a_damaged_run_is_refused(tmp_path, variables):
 @pytest.mark.slow
 def test_a_segmenter_takes_a_classifiers_backbone_and_says_so(folder, variables):
     model = create_segmenter("vvt_nano", num_classes=10, head_channels=8)
-    options = forms.compiler_options("init")
-    fresh = jax.device_get(
-        jax.jit(model.init, compiler_options=options)(jax.random.key(2), smallest_image())
-    )
+    fresh = draw_variables(model, seed=2)
     taken, told = initial_variables(folder, model, fresh, _NAMES)
     for name, part in taken["params"].items():
         given = variables[0] if name.startswith("stage") else fresh

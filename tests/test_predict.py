@@ -9,8 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import PIL.ExifTags
 import PIL.Image
@@ -18,7 +16,9 @@ import PIL.ImageOps
 import pytest
 
 import vvt_jax
-from vvt_jax import explain, forms, predict
+from tests import fork_server
+from tests.conftest import draw_variables
+from vvt_jax import explain, predict
 from vvt_jax.data import overlay
 from vvt_jax.data.image_files import SUFFIXES
 from vvt_jax.data.preprocess import to_rgb
@@ -174,8 +174,7 @@ def segmenter_folder(tmp_path_factory):
         embed_dims=(8, 8, 16, 16),
         num_heads=(1, 1, 2, 2),
     )
-    init = jax.jit(model.init, compiler_options=forms.compiler_options("init"))
-    variables = init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    variables = draw_variables(model)
     record = {
         "size": [32, 32],
         "crop_fraction": 1.0,
@@ -501,13 +500,8 @@ def test_what_may_not_be_read_or_written_is_told(
         assert told.startswith(beginning)
 
 
-def _process(*arguments, **options):
-    return subprocess.run(
-        [sys.executable, "-m", "vvt_jax.predict", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        **options,
-    )
+def _process(*arguments):
+    return fork_server.run(["-m", "vvt_jax.predict", *arguments])
 
 
 @pytest.mark.slow

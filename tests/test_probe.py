@@ -1,12 +1,11 @@
 """The probe: figures that are right where the answer is known, and the digits' own."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
+from tests import fork_server
 from vvt_jax import probe
 from vvt_jax.errors import UserError
 
@@ -74,11 +73,7 @@ def test_without_a_split_to_measure_on_it_says_so(digits_folder, small_config):
 
 
 def _process(*flags):
-    done = subprocess.run(
-        [sys.executable, "-m", "vvt_jax.probe", "--config=configs/digits.py", *flags],
-        capture_output=True,
-        text=True,
-    )
+    done = fork_server.run(["-m", "vvt_jax.probe", "--config=configs/digits.py", *flags])
     assert "Traceback" not in done.stderr
     return done
 

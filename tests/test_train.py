@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import vvt_jax
+from tests.conftest import WIDTHS
 from vvt_jax import parallel, train
 from vvt_jax.checkpoint import Checkpoints
 from vvt_jax.configuration import ConfigError
@@ -269,6 +270,7 @@ config.log_every_steps = 2
 config.eval_every_steps = 4
 config.checkpoint_every_steps = 3
 config.data.workers = 2
+config.model.update({widths!r})
 config.compilation_cache = {cache!r}""",
     "metrics = vvt_jax.train_and_evaluate(config, {workdir!r})\nmetrics['eval/examples']",
 ]
@@ -280,7 +282,7 @@ def test_trains_in_a_notebook_with_worker_processes(
 ):
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
-    values = {"cache": str(compilation_cache), "workdir": str(tmp_path / "run")}
+    values = {"cache": str(compilation_cache), "workdir": str(tmp_path / "run"), "widths": WIDTHS}
     notebook = nbformat.v4.new_notebook(
         cells=[nbformat.v4.new_code_cell(cell.format(**values)) for cell in _NOTEBOOK]
     )

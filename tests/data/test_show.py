@@ -1,13 +1,11 @@
 """The contact sheet: what it shows is what the step sees."""
 
-import subprocess
-import sys
-
 import jax
 import numpy as np
 import PIL.Image
 import pytest
 
+from tests import fork_server
 from vvt_jax.data.loader import train_batches
 from vvt_jax.data.show import draw_sheet, training_batch
 from vvt_jax.data.sources import open_source
@@ -77,9 +75,7 @@ def test_tiles_and_captions_are_drawn():
 
 
 def _show(*flags):
-    done = subprocess.run(
-        [sys.executable, "-m", "vvt_jax.data.show", *flags], capture_output=True, text=True
-    )
+    done = fork_server.run(["-m", "vvt_jax.data.show", *flags])
     assert "Traceback" not in done.stderr
     return done
 

@@ -15,8 +15,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from tests import fork_server
+from tests.fork_server import Process
+
 ROOT = Path(__file__).parent.parent.parent
-STEPS = 200
 _TIMEOUT = 600  # seconds, of anything that is waited for
 
 
@@ -26,29 +28,36 @@ class Faulty:
 
     images: Path
     cache: Path
+    steps: int
 
-    def start(self, workdir: Path, *flags: str) -> subprocess.Popen:
+    def start(self, workdir: Path, *flags: str, anew: bool = False) -> Process | subprocess.Popen:
+        """By a fork, or `anew` by Python itself, whose hashes then have another seed."""
         command = ["-m", "vvt_jax.main", "--config=tests/faults/tiny.py", f"--workdir={workdir}"]
-        command += [f"--config.data.data_dir={self.images}"]
+        command += [f"--config.data.data_dir={self.images}", f"--config.total_steps={self.steps}"]
         command += [f"--config.compilation_cache={self.cache}", *flags]
+        environment = {**os.environ, "XLA_FLAGS": ""}
+        if not anew:
+            return fork_server.start(command, environment)
         return subprocess.Popen(
             [sys.executable, *command],
             cwd=ROOT,
-            env={**os.environ, "XLA_FLAGS": ""},
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
 
-    def finish(self, process: subprocess.Popen) -> subprocess.CompletedProcess:
+    def finish(self, process: Process | subprocess.Popen) -> subprocess.CompletedProcess:
         try:
             out, err = process.communicate(timeout=_TIMEOUT)
         finally:
             process.kill()
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
-    def __call__(self, workdir: Path, *flags: str) -> subprocess.CompletedProcess:
-        return self.finish(self.start(workdir, *flags))
+    def __call__(
+        self, workdir: Path, *flags: str, anew: bool = False
+    ) -> subprocess.CompletedProcess:
+        return self.finish(self.start(workdir, *flags, anew=anew))
 
     def refused(self, workdir: Path, *flags: str) -> str:
         """The sentence with which a run ends at once."""
@@ -78,7 +87,7 @@ def lines(workdir: Path) -> list[dict]:
     return found
 
 
-def wait_for_step(process: subprocess.Popen, workdir: Path, step: int) -> None:
+def wait_for_step(process: Process, workdir: Path, step: int) -> None:
     """Until the run has reported that step, or a later one."""
 
     def reported() -> bool:
@@ -89,12 +98,12 @@ def wait_for_step(process: subprocess.Popen, workdir: Path, step: int) -> None:
     wait_until(process, reported)
 
 
-def wait_for_writing(process: subprocess.Popen, workdir: Path) -> None:
+def wait_for_writing(process: Process, workdir: Path) -> None:
     """Until a checkpoint is being written."""
     wait_until(process, lambda: any(unfinished(workdir)), pause=0.0005)
 
 
-def wait_for_handler(process: subprocess.Popen, signum: int) -> None:
+def wait_for_handler(process: Process, signum: int) -> None:
     """Until the process no longer dies of the signal."""
 
     def caught() -> bool:
@@ -105,9 +114,7 @@ def wait_for_handler(process: subprocess.Popen, signum: int) -> None:
     wait_until(process, caught)
 
 
-def wait_until(
-    process: subprocess.Popen, condition: Callable[[], bool], pause: float = 0.005
-) -> None:
+def wait_until(process: Process, condition: Callable[[], bool], pause: float = 0.005) -> None:
     deadline = time.monotonic() + _TIMEOUT
     while not condition():
         assert process.poll() is None, process.communicate()
@@ -134,10 +141,10 @@ def unfinished(workdir: Path) -> Iterator[Path]:
 
 
 def saved_state(workdir: Path):
-    """All arrays of the last checkpoint, as numpy's."""
+    """All arrays of the newest checkpoint, as numpy's."""
     handler = ocp.PyTreeCheckpointHandler()
     with ocp.Checkpointer(handler) as checkpointer:
-        path = (workdir / "checkpoints" / str(STEPS) / "state").absolute()
+        path = (workdir / "checkpoints" / str(checkpoints(workdir)[-1]) / "state").absolute()
         tree = checkpointer.metadata(path).item_metadata.tree
         restore = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         return checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=restore))

@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 
 from tests.faults.harness import (
-    STEPS,
     checkpoints,
     lines,
     resumed_at,
@@ -39,16 +38,16 @@ pytestmark = [
 _SEED = 20
 
 
-def _moments(rng, kinds):
+def _moments(rng, kinds, end):
     """(kind, step, seconds after it) of the faults of one run, in their order."""
-    steps = np.sort(rng.choice(np.arange(1, STEPS - 80), size=len(kinds), replace=False))
+    steps = np.sort(rng.choice(np.arange(1, end * 3 // 5), size=len(kinds), replace=False))
     return list(zip(kinds, steps.tolist(), rng.uniform(0, 0.1, len(kinds)).tolist(), strict=True))
 
 
-def _in_runs(rng, kinds, each):
-    """Moments for several runs, of so many faults each."""
+def _in_runs(rng, kinds, each, steps):
+    """Moments for several runs of so many steps, of so many faults each."""
     kinds = [kinds[index] for index in rng.permutation(len(kinds))]
-    return [_moments(rng, kinds[i : i + each]) for i in range(0, len(kinds), each)]
+    return [_moments(rng, kinds[i : i + each], steps) for i in range(0, len(kinds), each)]
 
 
 def _reported(workdir):
@@ -64,10 +63,11 @@ def _each(function, runs, root):
         return folders, [one for many in pool.map(function, folders, runs) for one in many]
 
 
-def test_killed_at_random_moments(faulty, straight, assert_as_straight, tmp_path, full, results):
+def test_killed_at_random_moments(faulty, straight, differences, tmp_path, full, results):
     rng = np.random.default_rng(_SEED)
-    anywhere, writing = (15, 15) if full else (2, 2)
-    runs = _in_runs(rng, ["anywhere"] * anywhere + ["writing"] * writing, 5 if full else 2)
+    anywhere, writing = (15, 15) if full else (1, 1)
+    kinds = ["anywhere"] * anywhere + ["writing"] * writing
+    runs = _in_runs(rng, kinds, 5 if full else 2, faulty.steps)
 
     def kill(workdir, moments):
         found = []
@@ -84,15 +84,13 @@ def test_killed_at_random_moments(faulty, straight, assert_as_straight, tmp_path
             process.kill()
             process.communicate()
             found.append({"step": _reported(workdir), "writing": any(unfinished(workdir))})
-        step = resumed_at(faulty(workdir))
+        step = resumed_at(faulty(workdir, anew=True))
         assert found[-1]["step"] - 20 < step <= found[-1]["step"]
         return found
 
     folders, kills = _each(kill, runs, tmp_path)
-    identical = 0
-    for workdir, moments in zip(folders, runs, strict=True):
-        assert_as_straight(workdir)
-        identical += len(moments)
+    differ = [differences(workdir) for workdir in folders]
+    identical = sum(len(run) for run, found in zip(runs, differ, strict=True) if not found)
     inside = sum(one["writing"] for one in kills)
     results["kill -9"] = {
         "kills": len(kills),
@@ -101,16 +99,19 @@ def test_killed_at_random_moments(faulty, straight, assert_as_straight, tmp_path
         "ended bit-identical": identical,
         "at steps": [one["step"] for one in kills],
     }
+    assert not any(differ), differ
     assert identical == len(kills) == anywhere + writing
     assert all(one["step"] >= 1 for one in kills)
     assert inside >= (10 if full else 1)
 
 
-def test_interrupted_at_random_moments(faulty, assert_as_straight, tmp_path, full, results):
+def test_interrupted_at_random_moments(faulty, differences, tmp_path, full, results):
     rng = np.random.default_rng(_SEED + 1)
-    running, starting = (8, 2) if full else (1, 1)
-    kinds = [(name, "running") for name in ("SIGTERM", "SIGINT") for _ in range(running)]
-    kinds += [(name, "starting") for name in ("SIGTERM", "SIGINT") for _ in range(starting)]
+    kinds = [("SIGTERM", "running"), ("SIGINT", "starting")]
+    if full:
+        both = ("SIGTERM", "SIGINT")
+        kinds = [(name, "running") for name in both for _ in range(8)]
+        kinds += [(name, "starting") for name in both for _ in range(2)]
 
     def interrupt(workdir, moments):
         found = []
@@ -128,29 +129,33 @@ def test_interrupted_at_random_moments(faulty, assert_as_straight, tmp_path, ful
             sent = time.monotonic()
             done = faulty.finish(process)
             seconds = time.monotonic() - sent
-            assert done.returncode == 128 + signum, done.stderr
             assert "Traceback" not in done.stderr
             saved = int(done.stderr.split(f"{name}: saved at step ")[1].split(";")[0])
-            assert checkpoints(workdir)[-1] == saved
-            found.append({"signal": name, "when": when, "step": saved, "seconds": seconds})
+            kept = done.returncode == 128 + signum and checkpoints(workdir)[-1] == saved
+            found.append(
+                {"signal": name, "when": when, "step": saved, "kept": kept, "seconds": seconds}
+            )
         assert resumed_at(faulty(workdir)) == found[-1]["step"]
         return found
 
-    folders, signals = _each(interrupt, _in_runs(rng, kinds, 5 if full else 2), tmp_path)
-    for workdir in folders:
-        assert_as_straight(workdir)
+    runs = _in_runs(rng, kinds, 5 if full else 2, faulty.steps)
+    folders, signals = _each(interrupt, runs, tmp_path)
+    differ = [differences(workdir) for workdir in folders]
     slowest = max(one["seconds"] for one in signals)
     results["SIGTERM and SIGINT"] = {
         "SIGTERM": sum(one["signal"] == "SIGTERM" for one in signals),
         "SIGINT": sum(one["signal"] == "SIGINT" for one in signals),
         "while starting": sum(one["when"] == "starting" for one in signals),
-        "saved, with the shell's exit status": len(signals),
-        "resumed bit-identical": len(signals),
+        "saved, with the shell's exit status": sum(one["kept"] for one in signals),
+        "resumed bit-identical": sum(
+            len(run) for run, found in zip(runs, differ, strict=True) if not found
+        ),
         "slowest exit, seconds": round(slowest, 2),
         "at steps": [one["step"] for one in signals],
     }
     assert len(signals) == len(kinds)
-    assert slowest < 30
+    assert all(one["kept"] for one in signals), signals
+    assert not any(differ), differ
 
 
 @pytest.fixture
@@ -174,7 +179,7 @@ def _fill(disk, spare):
 
 @pytest.mark.parametrize("place", ["limit", "disk"])
 def test_no_room_for_a_checkpoint_or_for_metrics(
-    faulty, assert_as_straight, request, tmp_path, place, full, results
+    faulty, differences, request, tmp_path, place, full, results
 ):
     if place == "limit" and not full:
         pytest.skip("in the full form")
@@ -213,12 +218,13 @@ def test_no_room_for_a_checkpoint_or_for_metrics(
     (disk / "filler").unlink(missing_ok=True)
 
     assert resumed_at(faulty(workdir)) == newest[-1]
-    assert_as_straight(workdir)
+    differ = differences(workdir)
     results[f"no room ({'a full disk' if place == 'disk' else 'a limit on the size of files'})"] = {
         "during a checkpoint: told, exit status 1, the one before it resumed from": 1,
         "during metrics: told, exit status 1, the checkpoint resumed from": 1,
-        "ended bit-identical": 1,
+        "ended bit-identical": int(not differ),
     }
+    assert not differ
 
 
 @pytest.fixture(scope="module")
@@ -257,12 +263,13 @@ def _remove(checkpoint, rng):
 
 @pytest.mark.parametrize("damage", [_flip, _truncate, _remove], ids=lambda f: f.__name__[1:])
 def test_a_damaged_newest_checkpoint_is_passed_over(
-    faulty, stopped, assert_as_straight, tmp_path, damage, full, results
+    faulty, stopped, differences, tmp_path, damage, full, results
 ):
     if damage is not _flip and not full:
         pytest.skip("in the full form")
     rng = np.random.default_rng([_SEED, len(damage.__name__)])
     older, newest = checkpoints(stopped)
+    differ = []
     for count in range(4 if full else 1):
         workdir = tmp_path / str(count)
         shutil.copytree(stopped, workdir)
@@ -272,10 +279,11 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
         assert f"The checkpoint {workdir / 'checkpoints' / str(newest)} is damaged (" in done.stdout
         assert f"it is now {newest}.damaged. Going on from the one of step {older}." in done.stdout
         assert (workdir / "checkpoints" / f"{newest}.damaged").is_dir()
-        assert_as_straight(workdir)
+        differ.append(differences(workdir))
     results[f"damaged newest checkpoint: {damage.__name__[1:]}"] = {
-        "found, told, gone on from the one before, ended bit-identical": count + 1
+        "found, told, gone on from the one before, ended bit-identical": differ.count([])
     }
+    assert not any(differ), differ
 
 
 def test_without_a_sound_checkpoint_the_run_is_refused(faulty, stopped, tmp_path, results):
@@ -311,15 +319,22 @@ def _contents(workdir):
     }
 
 
-def test_a_second_run_in_a_workdir_is_refused(faulty, assert_as_straight, tmp_path, results):
+def test_a_second_run_in_a_workdir_is_refused(faulty, differences, tmp_path, full, results):
     first = faulty.start(tmp_path)
     wait_for_step(first, tmp_path, 1)
     sentence = faulty.refused(tmp_path)
     assert f"Another run is going on in {tmp_path}: " in sentence
+    if not full:
+        first.terminate()
+        assert "SIGTERM: saved at step " in faulty.finish(first).stderr
+        return
     done = faulty.finish(first)
     assert done.returncode == 0, done.stderr
-    assert_as_straight(tmp_path)
-    results["two runs in a workdir"] = {"the second refused, the first ended bit-identical": 1}
+    differ = differences(tmp_path)
+    results["two runs in a workdir"] = {
+        "the second refused, the first ended bit-identical": int(not differ)
+    }
+    assert not differ
 
 
 def test_too_many_skipped_updates_end_the_run(faulty, tmp_path, full, results):

@@ -1,4 +1,4 @@
-"""The smallest run that has all there is: 200 steps of 8 images, a line for each step.
+"""The smallest run that has all there is: steps of 8 images, a line for each.
 
 Of the training images some have blue in them, which this normalisation turns into what no float
 holds: their steps are skipped, and the count of them has to come through every fault too.
@@ -15,7 +15,7 @@ def get_config(_: str = "") -> ConfigDict:
     config.total_epochs = None
     config.total_steps = 200
     config.log_every_steps = 1
-    config.eval_every_steps = 100
+    config.eval_every_steps = 50
     config.checkpoint_every_steps = 10
     config.model.embed_dims = (8, 8, 16, 16)
     config.data.source = "folder"

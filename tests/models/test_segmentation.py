@@ -3,8 +3,6 @@
 import functools
 import json
 import os
-import subprocess
-import sys
 import textwrap
 
 import jax
@@ -12,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vvt_jax import costs, forms
+from tests import fork_server
+from tests.conftest import draw_variables
+from vvt_jax import costs
 from vvt_jax.models import create_model, create_segmenter
 from vvt_jax.models.segmentation import HEADS, adaptive_average, resize_bilinear
 from vvt_jax.weights import variable_shapes
@@ -32,8 +32,7 @@ _PRINTED = {
 def _made(head, **fields):
     """A small segmenter with 5 classes, its variables and compiled forward pass."""
     model = create_segmenter("vvt_nano", head=head, num_classes=5, head_channels=16, **fields)
-    init = jax.jit(model.init, compiler_options=forms.compiler_options("init"))
-    return model, init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))), jax.jit(model.apply)
+    return model, draw_variables(model), jax.jit(model.apply)
 
 
 def _images(batch, height, width):
@@ -181,11 +180,9 @@ _STATISTICS = """
 
 @pytest.mark.slow
 def test_batch_norm_is_that_of_the_whole_batch_on_eight_devices():
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(_STATISTICS)],
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
-        capture_output=True,
-        text=True,
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = fork_server.run(
+        ["-c", textwrap.dedent(_STATISTICS)], environment, warnings_are_errors=True
     )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
@@ -222,12 +219,8 @@ _SPATIAL = """
 
 @pytest.mark.slow
 def test_devices_that_share_an_images_rows_give_the_same_logits():
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(_SPATIAL)],
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
-        capture_output=True,
-        text=True,
-    )
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    done = fork_server.run(["-c", textwrap.dedent(_SPATIAL)], environment, warnings_are_errors=True)
     assert done.returncode == 0, done.stderr
     for head, (differ, spread) in json.loads(done.stdout).items():
         assert differ < 1e-4 * spread, head

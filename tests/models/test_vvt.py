@@ -206,8 +206,9 @@ def test_bfloat16_has_float32_parameters_and_logits(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", _VARIANTS)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, "float32") for name in _VARIANTS), ("vvt_large", "bfloat16")]
+)
 def test_every_variant_runs(name, dtype):
     """With all its blocks: finite, normalised maps, and images that differ in their logits."""
     model = vvt_jax.create_model(name, dtype=dtype, unroll=False)
@@ -427,8 +428,8 @@ def test_layouts_of_a_model_have_the_same_parameters(layout):
     assert _shapes(model.clone(**layout)) == _shapes(model)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", _LAYOUTS[1:], ids=str)
+@pytest.mark.slow  # each alone is shown with a stage
+@pytest.mark.parametrize("layout", _LAYOUTS[3:], ids=str)
 def test_layouts_of_a_model_agree_in_value_and_gradients(layout):
     expected = _nano_gradients(depths=(1, 2, 2, 1), **_LAYOUTS[0])
     actual = _nano_gradients(depths=(1, 2, 2, 1), **layout)
@@ -521,9 +522,8 @@ def test_every_tensor_has_a_gradient():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in _VARIANTS if n != "vvt_nano"])
-def test_every_tensor_of_every_variant_has_a_gradient(name):
-    model = vvt_jax.create_model(name, clamp=False, unroll=False)
+def test_every_tensor_of_the_largest_variant_has_a_gradient():
+    model = vvt_jax.create_model("vvt_large", clamp=False, unroll=False)
     _assert_every_tensor_learns(_gradients(model, _images())[1])
 
 

@@ -1,8 +1,6 @@
 """Erasing and mixing against their definitions: by counting pixels, and over many keys."""
 
 import os
-import subprocess
-import sys
 import textwrap
 
 import jax
@@ -12,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests import fork_server
 from vvt_jax.recipe.mixing import (
     augmentation_key,
     check_mixing,
@@ -187,16 +186,8 @@ _SHARDED = """
 
 @pytest.mark.slow
 def test_a_sharded_batch_is_prepared_alike():
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(_SHARDED)],
-        env={
-            **os.environ,
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-            "PYTHONPATH": os.getcwd(),
-        },
-        capture_output=True,
-        text=True,
-    )
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = fork_server.run(["-c", textwrap.dedent(_SHARDED)], environment)
     assert (done.returncode, done.stdout) == (0, "equal\n"), done.stderr
 
 
