@@ -1,5 +1,6 @@
 """What several test files share: small runs, in this process and in others."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -77,6 +78,21 @@ def small_config(compilation_cache):
     config.compilation_cache = str(compilation_cache)
     config.model.update(WIDTHS)
     return config
+
+
+@contextlib.contextmanager
+def no_network():
+    """Fails where anything in it tries to connect, even if that is caught."""
+    tried = []
+
+    def refuse(_, address):
+        tried.append(address)
+        raise OSError("a test without network")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", refuse)
+        yield
+    assert not tried
 
 
 def draw_variables(model, seed: int = 0) -> dict:

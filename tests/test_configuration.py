@@ -75,9 +75,8 @@ def test_values_that_cannot_be_meant(field, value, why):
 def test_a_duration_has_to_be_given():
     with pytest.raises(ConfigError) as refused:
         check_values(common.get_config())
-    assert str(refused.value) == (
-        "None of config.total_steps, total_examples and total_epochs is set: one has to."
-    )
+    for name in ("config.total_steps", "total_examples", "total_epochs"):
+        assert name in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -345,7 +344,7 @@ def test_unknown_field(action, argv, sentence):
 
 def test_unknown_field_passes_another_error_on():
     told = unknown_field(AttributeError("no such thing"), ["main"])
-    assert told == "The config can't be read: no such thing."
+    assert told.endswith(": no such thing.")
 
 
 def test_segmentation_follows_the_cited_recipes():

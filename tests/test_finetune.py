@@ -50,18 +50,16 @@ def test_a_folder_of_the_same_classes_is_taken_whole(folder, variables):
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        (tuple("abc"), "The head starts anew: there were 10 classes, here are 3."),
-        (
-            (*"abcdefghi", "z"),
-            "The head starts anew: there were 10 classes, here are 10, of other names.",
-        ),
+        (tuple("abc"), "there were 10 classes, here are 3."),
+        ((*"abcdefghi", "z"), "there were 10 classes, here are 10, of other names."),
     ],
 )
 def test_other_classes_get_a_new_head_and_are_told_so(folder, variables, names, words):
     model = _model(num_classes=len(names))
     fresh = draw_variables(model, seed=1)
     taken, told = initial_variables(folder, model, fresh, names)
-    assert told[1:] == [words]
+    assert [sentence.startswith("The head starts anew: ") for sentence in told] == [False, True]
+    assert told[1].endswith(words)
     chex.assert_trees_all_equal(taken["params"].pop("head"), fresh["params"]["head"])
     body = {name: part for name, part in variables[0]["params"].items() if name != "head"}
     chex.assert_trees_all_equal(taken["params"], body)
@@ -71,10 +69,11 @@ def test_what_no_shape_tells_is_told(folder, variables):
     _, told = initial_variables(
         folder, _model(locality="none", num_heads=(1, 1, 4, 2)), variables[1], _NAMES
     )
-    assert told[1:] == [
-        "Those weights were made with num_heads=[1, 1, 2, 2], and this run has [1, 1, 4, 2].",
-        "Those weights were made with locality='sum', and this run has 'none'.",
-    ]
+    _, heads, locality = told
+    for words in ("num_heads=[1, 1, 2, 2]", "[1, 1, 4, 2]"):
+        assert words in heads
+    for words in ("locality='sum'", "'none'"):
+        assert words in locality
 
 
 def _save_run(workdir, *, ema):
@@ -147,9 +146,7 @@ def test_a_segmenter_takes_a_classifiers_backbone_and_says_so(folder, variables)
         given = variables[0] if name.startswith("stage") else fresh
         chex.assert_trees_all_equal(part, given["params"][name])
     chex.assert_trees_all_equal(taken["batch_stats"], fresh["batch_stats"])
-    assert told[1] == (
-        "Only the backbone is taken: those weights are a classifier's, and this is a segmenter "
-        "(fpn)."
-    )
+    assert told[1].startswith("Only the backbone is taken: ")
+    assert "(fpn)" in told[1]
     with pytest.raises(WeightsError, match="holds a classifier, and this config measures a segm"):
         initial_variables(folder, model, fresh, _NAMES, keep_head=True)

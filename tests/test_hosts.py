@@ -99,7 +99,7 @@ def _finish(launched, seconds=600) -> str:
 
 def _wait_for_step(launched, workdir: Path, step: int) -> None:
     launcher, log = launched
-    metrics, end = workdir / "metrics.jsonl", time.monotonic() + 300
+    metrics, end = workdir / "metrics.jsonl", time.monotonic() + 600
     while not (metrics.exists() and f'"step": {step}' in metrics.read_text()):
         assert launcher.poll() is None, log.read_text()
         assert time.monotonic() < end
@@ -466,10 +466,9 @@ def test_without_a_cluster_what_is_missing_is_named():
     distributed.num_processes = 2
     with pytest.raises(UserError) as refused:
         hosts.join(distributed, preemptible=True)
-    assert str(refused.value) == (
-        "There is no cluster here that could tell config.distributed.coordinator, "
-        "config.distributed.process_id: give it."
-    )
+    for field in ("coordinator", "process_id"):
+        assert f"config.distributed.{field}" in str(refused.value)
+    assert "num_processes" not in str(refused.value)
 
 
 def test_a_coordinator_that_does_not_answer_is_named():

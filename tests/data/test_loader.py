@@ -348,7 +348,7 @@ def test_threads_end_with_the_iterator(end):
         batches.close()
     del batches
     gc.collect()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while _prefetch_threads() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not _prefetch_threads()
@@ -404,11 +404,11 @@ def test_workers_end_with_the_program(tmp_path, ending, kill):
         assert len(workers) == 2
         if kill:
             program.send_signal(signal.SIGKILL)
-        output, errors = program.communicate(timeout=30)
+        output, errors = program.communicate(timeout=300)
         if not ending:
             # Nothing about leaked shared memory or ignored exceptions, either.
             assert (output.split(), errors) == (["8"], "")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while any(map(_alive, workers)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(map(_alive, workers))

@@ -83,7 +83,8 @@ def _show(*flags):
 def test_the_command_writes_a_picture(tmp_path):
     out = tmp_path / "sheet.png"
     done = _show("--config=configs/digits.py", f"--out={out}", "--images=10", "--step=2")
-    assert (done.returncode, done.stdout) == (0, f"10 images of step 2 are in {out}.\n")
+    assert done.returncode == 0, done.stderr
+    assert str(out) in done.stdout
     with PIL.Image.open(out) as image:
         assert image.size == (10 * 102 + 6, 96 + 6 + 18 + 6)
 

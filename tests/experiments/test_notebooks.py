@@ -14,7 +14,7 @@ _EXECUTE = """
 import sys, nbclient, nbformat
 notebook = nbformat.read(sys.argv[1], as_version=4)
 place = {"metadata": {"path": sys.argv[2]}}
-nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3", resources=place).execute()
+nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources=place).execute()
 nbformat.write(notebook, sys.argv[3])
 """
 

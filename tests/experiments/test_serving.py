@@ -153,7 +153,7 @@ def test_other_methods_are_refused(page):
     for method, path in (("GET", "/predict"), ("PUT", "/predict"), ("POST", "/")):
         status, _, body = page.request(method, path)
         assert status == 405
-        assert json.loads(body) == {"error": "This page is not asked for in that way."}
+        assert list(json.loads(body)) == ["error"]
 
 
 def test_what_is_no_image_is_refused(page, digit):
@@ -164,7 +164,9 @@ def test_what_is_no_image_is_refused(page, digit):
     assert _refusal(page, b"no image") == no_image
     assert _refusal(page, other.getvalue()) == no_image
     assert _refusal(page, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n") == no_image
-    assert _refusal(page, b"") == (400, "There is no image in the request.")
+    status, told = _refusal(page, b"")
+    assert status == 400
+    assert "no image" in told
     status, told = _refusal(page, content[:80])
     assert status == 400
     assert told.startswith("The image can't be decoded: ")
@@ -190,14 +192,16 @@ def test_a_large_request_is_refused_whatever_it_says(page):
     assert page.send(head + bytes(MOST_BYTES + 1)) == (413, {"error": sentence})
     # what goes beyond the length that it says is no part of it
     head = b"POST /predict HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 8\r\n\r\n"
-    refused = page.send(head + b"no image" + bytes(100))
-    assert refused == (400, {"error": "This is not an image of a format that is read here."})
+    status, told = page.send(head + b"no image" + bytes(100))
+    assert status == 400
+    assert "not an image" in told["error"]
 
 
 def test_a_request_that_never_ends_is_given_up(page):
     head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nabc"
-    refused = page.send(head)
-    assert refused == (408, {"error": "The image took too long to arrive."})
+    status, told = page.send(head)
+    assert status == 408
+    assert "too long" in told["error"]
 
 
 def _closed(connection):
