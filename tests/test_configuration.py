@@ -9,6 +9,8 @@ import optax
 import pytest
 
 from configs import ade20k, common, digits, imagenet
+from vvt_jax import configuration
+from vvt_jax.config_values import RULES, problem_of, rule_of
 from vvt_jax.configuration import ConfigError, check_values, in_steps, settle, unknown_field
 from vvt_jax.data.augment import check_augment
 from vvt_jax.models import create, list_models
@@ -33,8 +35,8 @@ def test_the_configs_pass():
     ("field", "value", "why"),
     [
         ("mode", "evaluate", "it is 'train' or 'eval'"),
-        ("seed", -1, "it goes from 0 up to 2147483647"),
-        ("seed", 2**31, "it goes from 0 up to 2147483647"),
+        ("seed", -1, "it can't be negative"),
+        ("seed", 2**31, "it can be at most 2,147,483,647"),
         ("batch_size", 0, "it has to be positive"),
         ("total_steps", 0, "it has to be positive"),
         ("total_epochs", -1.0, "it has to be positive"),
@@ -64,12 +66,49 @@ def test_the_configs_pass():
         ("optimizer.layer_decay", 1.1, "it goes from, not including, 0 up to 1"),
         ("optimizer.accumulate", 0, "it has to divide batch_size=64"),
         ("optimizer.accumulate", 3, "it has to divide batch_size=64"),
+        ("optimizer.final_learning_rate", -1e-6, "it can't be negative"),
+        ("optimizer.warmup_learning_rate", -1e-6, "it can't be negative"),
+        ("optimizer.learning_rate", float("nan"), "it has to be a finite number"),
+        ("optimizer.learning_rate", 1e39, "float32 does not reach so far"),
+        ("optimizer.warmup_learning_rate", float("inf"), "it has to be a finite number"),
+        ("optimizer.eps", float("nan"), "it has to be a finite number"),
+        ("optimizer.clip_norm", float("nan"), "it has to be a finite number"),
+        ("optimizer.schedule_power", float("inf"), "it has to be a finite number"),
+        ("optimizer.auxiliary_weight", float("nan"), "it has to be a finite number"),
+        ("augment.mixup", float("nan"), "it has to be a finite number"),
+        ("augment.cutmix", float("inf"), "it has to be a finite number"),
+        ("data.workers", 10**30, "it can be at most 1,024"),
+        ("total_epochs", float("inf"), "it has to be a finite number"),
+        ("total_epochs", float("nan"), "it has to be a finite number"),
+        ("total_epochs", 1e308, "float32 does not reach so far"),
+        ("log_every_epochs", float("inf"), "it has to be a finite number"),
+        ("log_every_epochs", 1e30, "it can be at most 10,000,000"),
+        ("optimizer.warmup_epochs", float("inf"), "it has to be a finite number"),
+        ("augment.repeats", 0, "it has to be positive"),
+        ("augment.shift", 2**31, "it can be at most 65,536"),
+        ("batch_size", 2**31, "it can be at most 1,048,576"),
+        ("data.size", (2**40, 2**40), "1099511627776 does not fit: it can be at most 65,536"),
+        ("data.size", (32,), "it is a tuple of 2 sides in pixels, such as (224, 224)"),
+        ("optimizer.freeze", (1,), "1 does not fit: it has to be a string"),
     ],
 )
 def test_values_that_cannot_be_meant(field, value, why):
     with pytest.raises(ConfigError) as refused:
         check_values(_config(**{field.replace(".", "__"): value}))
     assert str(refused.value) == f"config.{field}={value!r} can't be run: {why}."
+
+
+def test_every_field_has_a_rule_that_its_default_keeps():
+    fields = configuration._flatten(common.get_config().to_dict())
+    assert all(rule_of(field) is not None for field in fields)
+    assert set(RULES) <= set(fields)
+    assert problem_of(fields) is None
+
+
+def test_no_rule_fails_on_a_value_of_another_kind():
+    for value in (None, "x", b"x", [], {}, object(), True, 1j, (), (None,), 10**400, -(10**400)):
+        for field, rule in RULES.items():
+            assert isinstance(rule(value), str), (field, value)
 
 
 def test_a_duration_has_to_be_given():

@@ -153,6 +153,21 @@ _BAD_INPUT = [
 ]
 
 
+_BAD_FILES = {  # what they hold, and what is said of them
+    "syntax": ("def get_config(:\n", "SyntaxError: invalid syntax (syntax.py, line 1)"),
+    "absent": ("import nothing_such\n", "No module named 'nothing_such'"),
+    "empty": ("", "it has no function get_config()"),
+    "raises": ("def get_config(_=''):\n    return {}['x']\n", "KeyError: 'x' ("),
+    "number": ("def get_config(_=''):\n    return 3\n", "returns a int, not a ConfigDict"),
+}
+_BAD_WORKDIRS = {
+    "": "is empty",
+    "/dev/null/x": "/dev/null/x can't hold a run (Not a directory)",
+    f"/tmp/{'x' * 300}": "x can't hold a run (File name too long)",
+    "~nobody_of_this_name/x": "~nobody_of_this_name/x can't be found",
+}
+
+
 @pytest.fixture(scope="module")
 def refused(compilation_cache, tmp_path_factory):
     """How the command ends with each of the flags above, and with configs that can't be read."""
@@ -170,12 +185,29 @@ def refused(compilation_cache, tmp_path_factory):
     cases["no config"] = ["--config=configs/nothing.py", workdir]
     cases["no config, a field"] = ["--config=configs/nothing.py", workdir, "--config.seed=1"]
     cases["a field that there isn't"] = [f"--config={mine}", workdir]
+    for name, (text, _) in _BAD_FILES.items():
+        (folder / f"{name}.py").write_text(text)
+        cases[name] = [f"--config={folder / name}.py", workdir]
+    for name in _BAD_WORKDIRS:
+        cases[f"workdir {name}"] = [config, f"--workdir={name}", SHORT]
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(compilation_cache)}
     ended = [
         fork_server.run(["-m", "vvt_jax.main", *flags], environment) for flags in cases.values()
     ]
     assert not (folder / "never").exists()
     return dict(zip(cases, ended, strict=True))
+
+
+@pytest.mark.parametrize("name", _BAD_FILES)
+def test_a_config_file_that_can_not_be_used_is_one_sentence(refused, name):
+    told = _sentence(refused[name])
+    assert told.startswith("error: The config file")
+    assert _BAD_FILES[name][1] in told
+
+
+@pytest.mark.parametrize("name", _BAD_WORKDIRS)
+def test_a_workdir_that_can_not_be_made_is_one_sentence(refused, name):
+    assert _BAD_WORKDIRS[name] in _sentence(refused[f"workdir {name}"])
 
 
 def _sentence(done):

@@ -101,8 +101,16 @@ class Setting:
             elif name.startswith("form."):
                 chosen = {**setting.forms, name.removeprefix("form."): value}
                 setting = dataclasses.replace(setting, forms=chosen)
-            elif name in ("model", "batch", "train"):
-                setting = dataclasses.replace(setting, **{name: _literal(value)})
+            elif name == "train":
+                if value.lower() not in ("true", "false"):
+                    raise UserError(f"train={value} is not understood: it is True or False.")
+                setting = dataclasses.replace(setting, train=value.lower() == "true")
+            elif name == "batch":
+                if not (value.isascii() and value.isdigit()):
+                    raise UserError(f"batch={value} is not understood: it is a whole number.")
+                setting = dataclasses.replace(setting, batch=int(value))
+            elif name == "model":
+                setting = dataclasses.replace(setting, model=value)
             else:
                 fields = {**setting.fields, name: _literal(value)}
                 setting = dataclasses.replace(setting, fields=fields)

@@ -4,13 +4,14 @@ import copy
 import json
 import re
 import sys
+import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from vvt_jax import storage
+from vvt_jax import config_values, storage
 from vvt_jax.errors import UserError
 from vvt_jax.storage import AnyPath
 
@@ -65,78 +66,28 @@ class ConfigError(UserError):
 
 
 def check_values(config: ConfigDict) -> None:
-    """Raises ConfigError, naming the field, for a value that can't be meant."""
+    """Checks every value of a config, before anything is compiled or written.
+
+    Raises:
+        ConfigError: a value that can't be meant; the field is named.
+    """
+    fields = _keep_first_units(_flatten(config.to_dict()))  # other units of a duration don't count
 
     def refuse(field: str, why: str):
-        value = config
-        for part in field.split("."):
-            value = value[part]
-        raise ConfigError(f"config.{field}={value!r} can't be run: {why}.")
+        raise ConfigError(f"config.{field}={fields[field]!r} can't be run: {why}.")
 
-    if config.mode not in ("train", "eval"):
-        refuse("mode", "it is 'train' or 'eval'")
-    also = config.data.eval_also
-    if not isinstance(also, tuple | list) or not all(isinstance(name, str) for name in also):
-        refuse("data.eval_also", "it is a tuple of names, such as \"('imagenet_a',)\"")
+    if problem := config_values.problem_of(fields):
+        refuse(*problem)
     if not any(config[f"total_{unit}"] is not None for unit in _UNITS):
         raise ConfigError(
             "None of config.total_steps, total_examples and total_epochs is set: one has to."
         )
-    for name in ("total", "log_every", "eval_every", "checkpoint_every"):
-        for unit in _UNITS:
-            if (value := config[f"{name}_{unit}"]) is not None:
-                if value <= 0:
-                    refuse(f"{name}_{unit}", "it has to be positive")
-                break  # the other units are not looked at
-    for field in ("batch_size", "keep_checkpoints", "profile_steps"):
-        if config[field] <= 0:
-            refuse(field, "it has to be positive")
-    _check_distributed(config.distributed, refuse)
-    for field in ("learning_rate", "eps"):
-        if config.optimizer[field] <= 0:
-            refuse(f"optimizer.{field}", "it has to be positive")
-    for field in (
-        *(f"optimizer.warmup_{unit}" for unit in _UNITS),
-        "optimizer.weight_decay",
-        "optimizer.clip_norm",
-        "optimizer.learning_rate_batch",
-        "optimizer.auxiliary_weight",
-        "optimizer.skip_nonfinite",
-        "data.workers",
-        "data.threads",
-        "data.broken_limit",
-    ):
-        part, _, name = field.partition(".")
-        if (config[part][name] or 0) < 0:
-            refuse(field, "it can't be negative")
-    if config.optimizer.schedule not in ("cosine", "polynomial"):
-        refuse("optimizer.schedule", "it is 'cosine' or 'polynomial'")
-    if config.optimizer.schedule_power <= 0:
-        refuse("optimizer.schedule_power", "it has to be positive")
-    if not 0 < config.optimizer.layer_decay <= 1:
-        refuse("optimizer.layer_decay", "it goes from, not including, 0 up to 1")
-    if config.optimizer.accumulate < 1 or config.batch_size % config.optimizer.accumulate:
-        refuse("optimizer.accumulate", f"it has to divide batch_size={config.batch_size}")
-    if not 0 <= config.seed < 2**31:  # the state holds 32 bits of it
-        refuse("seed", f"it goes from 0 up to {2**31 - 1}")
-    for field in ("b1", "b2", "ema_decay", "label_smoothing"):
-        if not 0 <= config.optimizer[field] < 1:
-            refuse(f"optimizer.{field}", "it goes from 0 up to, not including, 1")
-
-
-def _check_distributed(distributed: ConfigDict, refuse: Callable[[str, str], None]) -> None:
-    for field in ("start_timeout", "heartbeat_timeout"):
-        if distributed[field] <= 0:
-            refuse(f"distributed.{field}", "it has to be positive")
-    coordinator, count, number = (
-        distributed[name] for name in ("coordinator", "num_processes", "process_id")
-    )
-    if coordinator is not None and not re.fullmatch(r".+:\d+", coordinator):
-        refuse("distributed.coordinator", "it is HOST:PORT")
-    if count is not None and count < 1:
-        refuse("distributed.num_processes", "it has to be positive")
-    if number is not None and not 0 <= number < (number + 1 if count is None else count):
+    count, number = fields["distributed.num_processes"], fields["distributed.process_id"]
+    if count is not None and number is not None and number >= count:
         refuse("distributed.process_id", "it goes from 0 up to num_processes - 1")
+    accumulate = config.optimizer.accumulate
+    if accumulate < 1 or config.batch_size % accumulate:
+        refuse("optimizer.accumulate", f"it has to divide batch_size={config.batch_size}")
 
 
 def in_steps(
@@ -303,7 +254,9 @@ def parse_flags(argv: list[str], config_flag: flags.FlagHolder) -> list[str]:
         rest = flags.FLAGS(argv)
         if flags.FLAGS["verbosity"].using_default_value:
             flags.FLAGS.verbosity = logging.WARNING  # type: ignore[assignment]
-        _ = "mode" in config_flag.value  # a file that can't be read complains when it is used
+        if not isinstance(config_flag.value, ConfigDict):  # read when it is used
+            kind = type(config_flag.value).__name__
+            raise ConfigError(f"The config file's get_config() returns a {kind}, not a ConfigDict.")
         _replace_units(config_flag.value, flagged_fields(config_flag))
         return rest
     except ConfigError as error:
@@ -314,10 +267,24 @@ def parse_flags(argv: list[str], config_flag: flags.FlagHolder) -> list[str]:
         told = lines[-1].partition("Error: ")[2] if "Traceback" in str(error) else lines[0]
         sys.exit(f"error: {told}")
     except AttributeError as error:
+        if "get_config" in str(error):
+            sys.exit("error: The config file can't be read: it has no function get_config().")
         sys.exit(f"error: {unknown_field(error, argv)}")
     except OSError as error:
         reason = str(error).strip().splitlines()[-1].strip()  # the paths that were tried go before
         sys.exit(f"error: The config file can't be read: {reason}.")
+    except Exception as error:  # whatever the config's own code raises
+        sys.exit(f"error: The config file can't be read: {_described(error)}.")
+
+
+def _described(error: Exception) -> str:
+    """An error of a config's own code, and the line of its file that it comes from."""
+    reason = str(error).strip().partition("\n")[0].rstrip(".")
+    if isinstance(error, SyntaxError):  # it says the file and the line itself
+        return f"SyntaxError: {reason}"
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {reason}{place}"
 
 
 def unknown_field(error: AttributeError, argv: list[str]) -> str:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 
 _LONGEST = 8000  # characters of a message; a path has up to 4096
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class UserError(ValueError):
@@ -37,7 +37,7 @@ def telling_of_full_disks(folder: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _NO_ROOM:
+        if error.errno not in NO_ROOM:
             raise
         raise UnwrittenError(
             f"{error.filename or folder} can't be written ({error.strerror}): checkpoints that are "

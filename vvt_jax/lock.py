@@ -5,14 +5,35 @@ import errno
 from typing import IO
 
 from vvt_jax import storage
-from vvt_jax.errors import UserError
+from vvt_jax.errors import NO_ROOM, UserError
 from vvt_jax.storage import AnyPath
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
+class WorkdirError(UserError):
+    """A folder that can't hold a run."""
+
+
 class WorkdirInUseError(UserError):
     """A workdir in which another run is going on."""
+
+
+def check_workdir(workdir: AnyPath) -> None:
+    """Refuses a folder that can't even be looked at.
+
+    Raises:
+        WorkdirError: its name is too long, or it lies where this user may not look.
+    """
+    if storage.is_remote(workdir):
+        return
+    try:
+        workdir.exists()
+    except (OSError, ValueError) as error:  # a zero byte in the name is a ValueError
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise WorkdirError(
+            f"{workdir} can't hold a run ({reason}): use another workdir."
+        ) from error
 
 
 class WorkdirLock:
@@ -40,9 +61,16 @@ class WorkdirLock:
             return self
         if storage.is_remote(self._workdir):
             return self
-        self._workdir.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
-            file = stack.enter_context((self._workdir / "lock").open("ab"))
+            try:
+                self._workdir.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context((self._workdir / "lock").open("ab"))
+            except OSError as error:
+                if error.errno in NO_ROOM:
+                    raise
+                raise WorkdirError(
+                    f"{self._workdir} can't hold a run ({error.strerror}): use another workdir."
+                ) from error
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:

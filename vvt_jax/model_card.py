@@ -15,7 +15,7 @@ def variant_name(model: VVT) -> str | None:
     """The name under which `create_model` makes it, apart from how it computes; None: no name."""
     free = {
         field: getattr(model, field)
-        for field in ("num_classes", "drop_path_rate", "dtype", "remat", "unroll")
+        for field in ("num_classes", "drop_path_rate", "dtype", "remat", "unroll", "ffn_bands")
     }
     return next((name for name in VARIANTS if create_model(name, **free) == model), None)
 

@@ -77,17 +77,22 @@ def locate(path: str | os.PathLike) -> AnyPath:
         A `pathlib.Path`, or an `epath.Path` of an object store, which was asked whether it answers.
 
     Raises:
-        StorageError: another kind of URL, a package that is missing, or a store that can't be
-            reached.
+        StorageError: an empty name, another kind of URL, a package that is missing, or a store
+            that can't be reached.
     """
     text = os.fspath(path)
+    if not text:
+        raise StorageError("The name of a file or folder is empty: '.' is the current folder.")
     scheme, separator, _ = text.partition("://")
     if not separator:
         if broken := re.match(rf"({'|'.join(_PACKAGES)}):/(?!/)", text):
             raise StorageError(
                 f"{text!r} lost a slash to pathlib: give {broken[1]}:// addresses as a string."
             )
-        return Path(text)
+        try:
+            return Path(text).expanduser()
+        except RuntimeError as error:  # there is no such user
+            raise StorageError(f"{text} can't be found: {str(error).rstrip('.')}.") from error
     if scheme not in _PACKAGES:
         known = " and ".join(f"{name}://" for name in _PACKAGES)
         raise StorageError(f"{text} is not known here: use a folder, or {known}.")

@@ -174,6 +174,11 @@ class Segmentation:
         self._record, self.card = _describe_data(config.data, source)
         with naming("config.augment"):
             segmentation.check_augment(config.augment)
+        if config.optimizer.accumulate > 1:
+            raise ConfigError(
+                f"config.optimizer.accumulate={config.optimizer.accumulate} can't be run: a "
+                "segmenter has batch normalisation, which needs the whole batch at once."
+            )
         if config.optimizer.label_smoothing:
             raise ConfigError(
                 "config.optimizer.label_smoothing is for classification: set it to 0."

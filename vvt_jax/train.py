@@ -24,7 +24,7 @@ from vvt_jax.data.sources import Cut, Source, open_source
 from vvt_jax.errors import UserError, telling_of_full_disks
 from vvt_jax.finetune import StartingWeights, initial_variables
 from vvt_jax.interruption import Interrupted, Interruption
-from vvt_jax.lock import WorkdirLock
+from vvt_jax.lock import WorkdirLock, check_workdir
 from vvt_jax.models import unstack_blocks
 from vvt_jax.models.vvt import check_image_shape
 from vvt_jax.pretrained import save_pretrained
@@ -73,6 +73,7 @@ def train_and_evaluate(
     """
     workdir = storage.locate(workdir)
     check_folder(workdir / "checkpoints")
+    check_workdir(workdir)
     configuration.check_values(config)
     hosts.join(config.distributed, preemptible=config.mode == "train")
     if config.compilation_cache:
@@ -154,7 +155,7 @@ def train_and_evaluate(
                 state = dataclasses.replace(state, totals=run.no_totals())
             if not (measure or save):
                 continue
-            _check_finite(state.totals)
+            run.check_finite(state)
             metrics = {}
             if unread is not None:
                 metrics = run.describe_training(step, unread.totals, stopwatch)
@@ -183,7 +184,7 @@ def train_and_evaluate(
             if unread is not None:
                 metrics = run.describe_training(step, unread.totals, stopwatch)
                 reporter.write(step, metrics)
-            _check_finite(state.totals)
+            run.check_finite(state)
             reporter.flush()
             checkpoints.save(step, state, best)
             if unread is not None:
@@ -252,6 +253,8 @@ class _Run:
                 default=1.0,
                 default_steps=default_steps,
             )
+            if steps >= 2**31:  # the state counts them in 32 bits
+                raise ConfigError(f"config.{name} comes to {steps:,} steps, which is too many.")
             return max(1, steps)
 
         self.total_steps: int = in_steps("total")
@@ -366,6 +369,27 @@ class _Run:
     def no_totals(self) -> Totals:
         """Totals that start anew."""
         return self._zero_totals()
+
+    def check_finite(self, state: TrainState) -> None:
+        """Refuses a state that must not be saved, before anything of it is written.
+
+        Raises:
+            NonFiniteLossError: a loss, a gradient or a weight that is not finite.
+        """
+        _check_finite(state.totals)
+        if not bool(self._are_finite((state.params, state.mutable, state.ema))):
+            raise NonFiniteLossError(
+                f"The weights after step {int(state.step)} are not finite, so they are not saved: "
+                "the last checkpoint is from before; a lower config.optimizer.learning_rate may "
+                "help."
+            )
+
+    @functools.cached_property
+    def _are_finite(self) -> Callable[[Any], jax.Array]:
+        def check(tree: Any) -> jax.Array:
+            return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+
+        return jax.jit(check, out_shardings=parallel.replicated(self.mesh))
 
     @functools.cached_property
     def _zero_totals(self) -> Callable[[], Totals]:

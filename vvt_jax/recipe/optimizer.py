@@ -72,15 +72,25 @@ def make_optimizer(
             mask=decays,
         )
     )
-    if fields["layer_decay"] != 1:
-        parts.append(_scale_by_depth(fields["layer_decay"]))
+    decay = fields["layer_decay"]
+    if decay != 1:
+        parts.append(_scale_by_depth(decay) if not fields["freeze"] else optax.identity())
     optimizer = optax.chain(*parts) if len(parts) > 1 else parts[0]
     if not fields["freeze"]:
         return optimizer
-    return optax.partition(
+    optimizer = optax.partition(
         {False: optimizer, True: optax.set_to_zero()},
         lambda params: frozen(params, fields["freeze"]),
     )
+    if decay == 1:
+        return optimizer
+    scale = _scale_by_depth(decay)  # outside: it counts the blocks that are frozen as well
+
+    def update(updates, state, params=None):
+        updates, state = optimizer.update(updates, state, params)
+        return scale.update(updates, optax.EmptyState(), params)[0], state
+
+    return optax.GradientTransformation(optimizer.init, update)
 
 
 def decays(params: Any) -> Any:
