@@ -79,6 +79,20 @@ def test_bad_input_is_refused_in_a_sentence(flags, words):
     assert words in str(refused.value)
 
 
+@pytest.mark.parametrize("text", ["train=false", "train=False", "train=FALSE"])
+def test_false_does_not_train(text):
+    assert Setting(train=True).changed(text).train is False
+    assert Setting().changed("train=true").train is True
+
+
+@pytest.mark.parametrize(
+    "text", ["train=no", "train=0", "train=", "batch=x", "batch=1.5", "batch="]
+)
+def test_a_setting_of_another_kind_is_refused(text):
+    with pytest.raises(UserError, match="is not understood"):
+        Setting().changed(text)
+
+
 def test_the_command_exits_with_the_sentence():
     done = _run("--model=vvt_huge")
     assert done.returncode == 1

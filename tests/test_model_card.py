@@ -63,4 +63,5 @@ def test_no_class_name_breaks_out(name):
 
 def test_variants_are_called_by_their_names():
     assert variant_name(create_model("vvt_large", num_classes=3, unroll=False)) == "vvt_large"
+    assert variant_name(create_model("vvt_small", ffn_bands=4)) == "vvt_small"
     assert variant_name(create_model("vvt_large", locality="none")) is None

@@ -123,6 +123,9 @@ def test_settings_of_the_other_task_are_refused(config, tmp_path):
     config.optimizer.label_smoothing = 0.1
     refused("label_smoothing is for classification")
     config.optimizer.label_smoothing = 0.0
+    config.optimizer.accumulate = 2
+    refused("batch normalisation, which needs the whole batch")
+    config.optimizer.accumulate = 1
     config.inference.stride = 100
     refused(r"config\.inference: `window` must be")
     config.model.head = None

@@ -230,6 +230,19 @@ def test_a_loss_that_is_not_finite_stops_the_run(finished, small_config, make_ru
     assert [json.loads(line)["step"] for line in lines] == [2, 4]
 
 
+@pytest.mark.parametrize("part", ["params", "ema"])
+def test_weights_that_are_not_finite_are_not_saved(make_run, small_config, part):
+    """A step can have a finite loss and yet make them so."""
+    small_config.optimizer.ema_decay = 0.5
+    run = make_run()
+    state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), run.abstract_state)
+    run.check_finite(state)
+    bad = getattr(state, part)
+    bad["head"]["bias"] = bad["head"]["bias"].at[1].set(jnp.nan)
+    with pytest.raises(NonFiniteLossError, match="weights after step 0 are not finite"):
+        run.check_finite(state)
+
+
 @pytest.mark.slow
 def test_a_learning_rate_that_is_too_high_leaves_the_last_good_checkpoint(
     small_config, make_run, tmp_path

@@ -1,5 +1,7 @@
 """The schedule and AdamW, against their formulas in plain numpy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -201,3 +203,21 @@ def test_patterns_that_freeze_nothing_or_all_are_refused(patterns, words):
     with pytest.raises(ValueError) as refused:  # noqa: PT011 - compared whole
         frozen(_parameters(), patterns)
     assert str(refused.value).startswith(words)
+
+
+@pytest.mark.parametrize("patterns", [("stage1/",), ("blocks",), ("stage2/norm", "head")])
+def test_what_is_frozen_counts_in_the_depth_of_the_rest(patterns):
+    shapes = {
+        "patch_embed": {"kernel": (3, 2)},
+        "blocks": {"fc1": {"kernel": (2, 2, 2)}},
+        "norm": {"scale": (2,)},
+    }
+    tree = {"stage1": shapes, "stage2": shapes, "head": {"kernel": (2, 2)}}
+    ones = jax.tree.map(jnp.ones, tree, is_leaf=lambda node: isinstance(node, tuple))
+    updates = []
+    for freeze in ((), patterns):
+        optimizer = make_optimizer(_fields(layer_decay=0.5, freeze=freeze), lambda _: 1.0)
+        updates.append(optimizer.update(ones, optimizer.init(ones), ones)[0])
+    for path, stays in jax.tree.leaves_with_path(frozen(ones, patterns)):
+        whole, part = (functools.reduce(lambda t, k: t[k.key], path, tree) for tree in updates)
+        np.testing.assert_allclose(part, 0 * whole if stays else whole, rtol=1e-6)
