@@ -1,5 +1,6 @@
 """Model folders: what is saved comes back bit for bit, and what is damaged is refused."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -10,13 +11,14 @@ import sys
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
 import vvt_jax
-from vvt_jax import convert
+from vvt_jax import convert, storage
 from vvt_jax.pretrained import load_pretrained, save_pretrained
 from vvt_jax.weights import WeightsError, check_arrays, variable_shapes
 
@@ -191,6 +193,74 @@ def test_a_second_save_replaces_the_first(folder):
         "config.json",
         "model.safetensors",
     }
+
+
+def test_bfloat16_comes_back_as_the_same_values(tmp_path):
+    model = _model()
+    variables = jax.tree.map(lambda x: x.astype(jnp.bfloat16), _variables(model))
+    save_pretrained(tmp_path, model, variables, {})
+    _, loaded, _ = load_pretrained(tmp_path)
+    chex.assert_trees_all_equal(loaded, jax.tree.map(lambda x: x.astype(jnp.float32), variables))
+
+
+def test_numbers_of_numpy_in_a_card_are_json(tmp_path):
+    save_pretrained(tmp_path, _model(), _variables(_model()), {"score": np.float32(0.5)})
+    assert load_pretrained(tmp_path)[2] == {"score": 0.5}
+
+
+@pytest.mark.parametrize("bad", ["a card", "a weight"])
+def test_what_can_not_be_written_leaves_the_folder_as_it_was(tmp_path, bad):
+    model = _model()
+    variables = _variables(model)
+    save_pretrained(tmp_path, model, variables, {})
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    card, wrong = {}, jax.tree.map(np.copy, _variables(model, 1))
+    if bad == "a card":
+        card = {"note": object()}
+    else:
+        wrong["params"]["head"]["bias"][0] = np.inf
+    with pytest.raises(WeightsError):
+        save_pretrained(tmp_path, model, wrong, card)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_save_that_is_stopped_anywhere_leaves_the_old_model_or_the_new_one(tmp_path, monkeypatch):
+    """Also a second one, after the first was stopped."""
+    model = _model()
+    models = [_variables(model, seed) for seed in range(3)]
+
+    class StoppedError(Exception):
+        pass
+
+    def stop_after(count, write):
+        def stopping(*arguments):
+            nonlocal count
+            if not count:
+                raise StoppedError
+            count -= 1
+            write(*arguments)
+
+        return stopping
+
+    def save(seed, writes):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(storage, "replace", stop_after(writes, storage.replace))
+            with contextlib.suppress(StoppedError):
+                save_pretrained(folder, model, models[seed], {"seed": seed})
+
+    for first in range(5):
+        for second in range(5):
+            folder = tmp_path / f"{first}{second}"
+            save_pretrained(folder, model, models[0], {"seed": 0})
+            allowed = {0}
+            for seed, writes in ((1, first), (2, second)):
+                save(seed, writes)
+                _, loaded, card = load_pretrained(folder)
+                allowed.add(seed)
+                assert card["seed"] in allowed
+                chex.assert_trees_all_equal(loaded, models[card["seed"]])
+                allowed = {card["seed"]}
+    assert card["seed"] == 2  # nothing stopped the last one
 
 
 def test_fields_override_the_models_own(folder):

@@ -3,6 +3,7 @@
 A `README.md` beside them tells people the same; nothing reads it.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -27,6 +28,8 @@ from vvt_jax.weights import WeightsError, check_arrays, check_finite, variable_s
 
 FORMAT_VERSION = 1
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+# The weights that config.json describes, from when it is replaced until they are renamed.
+_NEXT_WEIGHTS = "model.safetensors.next"
 _CLASSES: dict[str, type[VVT]] = {
     "vvt_jax.models.VVT": VVT,
     "vvt_jax.models.Segmenter": Segmenter,
@@ -38,6 +41,9 @@ def save_pretrained(
 ) -> None:
     """Writes a model folder; one that is there is replaced.
 
+    Nothing is written unless everything can be. A reader, also after this was killed, gets the old
+    model or the new one. Weights in bfloat16 are stored as float32, which holds the same values.
+
     Args:
         folder: made if it is missing; also of an object store, such as `gs://bucket/model`.
         model: its class and fields go into `config.json`.
@@ -45,16 +51,13 @@ def save_pretrained(
         card: `preprocessing` (see `vvt_jax.data.preprocess`) and `class_names`, JSON values.
 
     Raises:
-        WeightsError: a card that does not fit the model.
+        WeightsError: a card that does not fit the model or JSON, or weights that are not finite.
     """
     _check_card(card, model)
     place = storage.locate(folder)
-    # safetensors writes the memory of an array and not its elements: a transposed view would be
-    # stored wrongly without a word.
-    arrays = {
-        name: np.ascontiguousarray(value)
-        for name, value in flatten_dict(dict(variables), sep="/").items()
-    }
+    flat = flatten_dict(dict(variables), sep="/")
+    arrays = {name: _storable(value) for name, value in flat.items()}
+    check_finite(arrays)
     weights = save_safetensors(arrays)
     config = {
         "format_version": FORMAT_VERSION,
@@ -63,11 +66,44 @@ def save_pretrained(
         "card": dict(card),
         "sha256": hashlib.sha256(weights).hexdigest(),
     }
-    storage.replace(place / _WEIGHTS, weights)
-    storage.replace(place / _CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    try:
+        described = (json.dumps(config, indent=2, default=_as_json) + "\n").encode()
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"The card can't be written as JSON: {error}.") from error
     parameters = sum(np.size(a) for name, a in arrays.items() if name.startswith("params/"))
-    text = model_card.model_card(model, card, parameters)
-    storage.replace(place / model_card.FILE, text.encode())
+    text = model_card.model_card(model, card, parameters).encode()
+
+    _rename_weights(place)  # of a call that was killed
+    storage.replace(place / _NEXT_WEIGHTS, weights)
+    storage.replace(place / _CONFIG, described)
+    _rename_weights(place)
+    storage.replace(place / model_card.FILE, text)
+
+
+def _storable(value: Any) -> np.ndarray:
+    """An array that safetensors stores as it reads: it writes the memory and not the elements, so
+    that a transposed view would be stored wrongly without a word."""
+    array = np.ascontiguousarray(value)
+    return array.astype(np.float32) if array.dtype == jnp.bfloat16 else array
+
+
+def _as_json(value: Any) -> Any:
+    """NumPy's scalars and arrays as JSON has them."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is not a JSON value")
+
+
+def _rename_weights(place: AnyPath) -> None:
+    """Gives new weights their place, if `config.json` describes them already."""
+    try:
+        described = json.loads(storage.read_text(place / _CONFIG, SizeLimit.CONFIG))["sha256"]
+        weights = storage.read_bytes(place / _NEXT_WEIGHTS, SizeLimit.WEIGHTS)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return  # there are none
+    if hashlib.sha256(weights).hexdigest() == described:
+        storage.replace(place / _WEIGHTS, weights)
+        (place / _NEXT_WEIGHTS).unlink()
 
 
 def load_pretrained(
@@ -104,16 +140,7 @@ def load_pretrained(
         shapes = variable_shapes(model)
     except (OverflowError, TypeError, ValueError) as error:  # widths beyond all measure
         raise WeightsError(f"{folder / _CONFIG} describes no model: {error}.") from error
-    try:
-        _check_size(folder / _WEIGHTS, shapes)
-        weights = storage.read_bytes(folder / _WEIGHTS, SizeLimit.WEIGHTS)
-    except OSError as error:
-        raise WeightsError(f"{folder} has no readable {_WEIGHTS}: {error.strerror}.") from error
-    if hashlib.sha256(weights).hexdigest() != config["sha256"]:
-        raise WeightsError(
-            f"{folder / _WEIGHTS} is damaged: its SHA-256 is not the one in {_CONFIG}; "
-            "copy the folder again from where it came."
-        )
+    weights = _read_weights(folder, shapes, config["sha256"])
     try:
         arrays = load_safetensors(weights)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -128,6 +155,31 @@ def load_pretrained(
         raise WeightsError(f"{folder / _WEIGHTS}: {error}") from error
     variables = unflatten_dict({name: jnp.asarray(a) for name, a in arrays.items()}, sep="/")
     return model, variables, config["card"]
+
+
+def _read_weights(folder: AnyPath, shapes: Mapping[str, tuple[int, ...]], sha256: str) -> bytes:
+    """The file that `config.json` describes."""
+
+    def read(name: str) -> bytes | None:
+        _check_size(folder / name, shapes)
+        weights = storage.read_bytes(folder / name, SizeLimit.WEIGHTS)
+        return weights if hashlib.sha256(weights).hexdigest() == sha256 else None
+
+    problem: WeightsError
+    try:
+        if (weights := read(_WEIGHTS)) is not None:
+            return weights
+        problem = WeightsError(
+            f"{folder / _WEIGHTS} is damaged: its SHA-256 is not the one in {_CONFIG}; "
+            "copy the folder again from where it came."
+        )
+    except OSError as error:
+        problem = WeightsError(f"{folder} has no readable {_WEIGHTS}: {error.strerror}.")
+        problem.__cause__ = error
+    with contextlib.suppress(OSError, WeightsError):  # replacing the folder was interrupted
+        if (weights := read(_NEXT_WEIGHTS)) is not None:
+            return weights
+    raise problem
 
 
 def read_card(folder: AnyPath) -> dict[str, Any]:
