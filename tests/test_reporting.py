@@ -169,3 +169,17 @@ def test_a_tensorboard_file_without_room_is_the_callers_error_alone(tmp_path):
     assert done.stderr.splitlines()[-1] == "told: File too large"
     assert "Traceback" not in done.stderr
     assert [line["step"] for line in _lines(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "line", [b'{"step": 6, "a', b"3", b"null", b"[1]", b'{"step": "6"}', b"\xff\xfe", b"[" * 99_999]
+)
+def test_a_damaged_line_is_passed_over(tmp_path, line):
+    with Reporter(tmp_path, start_step=0, total_steps=9) as reporter:
+        reporter.write(2, {"loss": 1.0})
+        with (tmp_path / "metrics.jsonl").open("ab") as file:  # as another process finds it
+            file.write(line)
+        assert reporter.last_line() == {"loss": 1.0}
+    with Reporter(tmp_path, start_step=9, total_steps=9) as reporter:
+        assert reporter.last_line() == {"loss": 1.0}
+    assert _lines(tmp_path) == [{"step": 2, "loss": 1.0}]

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from tests import fork_server
+from tests.conftest import WIDTHS
 
 pytestmark = pytest.mark.slow  # each starts processes of its own
 STEPS = 12
@@ -240,6 +243,42 @@ def test_another_config_in_the_same_workdir_is_refused(run, straight):
     assert done.returncode == 1
     assert "config.optimizer.b1 (0.9 before, 0.8 now), config.seed (0 before, 1 now)" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_start_that_fails_does_not_settle_the_config(run, tmp_path, digits_folder):
+    failed = run(tmp_path, SHORT, f"--config.init_from={digits_folder}")  # of another width
+    assert "not the model's" in _sentence(failed)
+    assert not (tmp_path / "config.json").exists()
+    assert run(tmp_path, SHORT, "--config.optimizer.b1=0.8").returncode == 0
+
+
+@pytest.mark.parametrize("closed", [1, 2])
+def test_a_run_goes_on_when_nobody_reads_what_it_prints(
+    straight, compilation_cache, tmp_path, closed, read_metrics
+):
+    flags = [f"--config.model.{name}={value}" for name, value in WIDTHS.items()]
+    flags += ["--config.log_every_steps=2", "--config.eval_every_steps=4", SHORT]
+    flags += [
+        "--config.checkpoint_every_steps=3",
+        f"--config.compilation_cache={compilation_cache}",
+    ]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "vvt_jax.main",
+            "--config=configs/digits.py",
+            f"--workdir={tmp_path}",
+            *flags,
+        ],
+        stdout=writer if closed == 1 else subprocess.DEVNULL,
+        stderr=writer if closed == 2 else subprocess.DEVNULL,
+    ) as process:
+        os.close(writer)
+        assert process.wait(timeout=600) == 0
+    assert read_metrics(tmp_path) == read_metrics(straight)
 
 
 def test_help_says_what_there_is(run, tmp_path):

@@ -6,6 +6,7 @@ signal's news goes round, each process tells how far it is, and all stop one ste
 of SIGTERM, set by `jax.distributed.initialize`, must not be replaced by one in Python.
 """
 
+import contextlib
 import os
 import signal
 import threading
@@ -67,4 +68,5 @@ class Interruption:
         else:  # SIGTERM is what jax tells the others of
             os.kill(os.getpid(), signal.SIGTERM)
         # Not by print: Python refuses one inside another, which the signal may have interrupted.
-        os.write(2, f"\n{signal.Signals(signum).name}: saving after this step.\n".encode())
+        with contextlib.suppress(OSError):  # nobody may read it
+            os.write(2, f"\n{signal.Signals(signum).name}: saving after this step.\n".encode())

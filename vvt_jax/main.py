@@ -23,9 +23,10 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(argv: list[str]) -> None:
-    from vvt_jax import parallel  # after --help and flag errors
+    from vvt_jax import output, parallel  # after --help and flag errors
     from vvt_jax.train import Interrupted, train_and_evaluate
 
+    output.outlive_readers()
     parallel.give_simulated_devices_time()
     try:
         if argv[1:]:

@@ -96,9 +96,9 @@ class Reporter:
         """The measurements of the last step that was written, empty at the start of a run."""
         self.flush()
         found = self._path.exists()  # not yet, where another process writes it
-        lines = _read_lines(self._path) if found else []
-        metrics = json.loads(lines[-1]) if lines else {}
-        return {name: value for name, value in metrics.items() if name != "step"}
+        lines = map(_parse, _read_lines(self._path) if found else [])
+        metrics = [line for line in lines if line is not None]  # another process may be writing
+        return {k: v for k, v in metrics[-1].items() if k != "step"} if metrics else {}
 
     def say(self, text: str) -> None:
         """Prints a line without tearing the progress bar."""
@@ -107,15 +107,8 @@ class Reporter:
     def _lines_until(self, step: int) -> list[str]:
         if not self._path.exists():
             return []
-        kept = []
-        for line in _read_lines(self._path):
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            # A kill tore the last line, or something else damaged one
-            except (ValueError, KeyError, TypeError, RecursionError):
-                continue
-        return kept
+        lines = [(line, _parse(line)) for line in _read_lines(self._path)]
+        return [line for line, metrics in lines if metrics is not None and metrics["step"] <= step]
 
 
 def _read_lines(path: AnyPath) -> list[str]:
@@ -124,6 +117,17 @@ def _read_lines(path: AnyPath) -> list[str]:
     except OSError as error:
         raise StorageError(f"{path} can't be read: {error.strerror}.") from error
     return content.decode(errors="replace").splitlines()
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    """The measurements of a line; None where it is damaged, as by a kill while it was written."""
+    try:
+        metrics = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(metrics, dict) or type(metrics.get("step")) is not int:
+        return None
+    return metrics
 
 
 class _TensorBoard:

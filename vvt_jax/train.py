@@ -92,7 +92,6 @@ def train_and_evaluate(
         stack.enter_context(telling_of_full_disks(workdir))
         if hosts.is_first():
             stack.enter_context(WorkdirLock(workdir))
-            made.write(workdir, run.preprocessing, sources)
         interruption = stack.enter_context(Interruption())
         told = made.told
         checkpoints = stack.enter_context(
@@ -107,6 +106,8 @@ def train_and_evaluate(
             state, best = checkpoints.restore(run.abstract_state)
         step = int(state.step)
         train_step = run.compile_train_step()  # before the clock starts
+        if hosts.is_first():  # nothing has to be undone where the run could not start
+            made.write(workdir, run.preprocessing, sources)
         make_reporter = Reporter if hosts.is_first() else SilentReporter
         reporter = stack.enter_context(
             make_reporter(workdir, start_step=step, total_steps=run.total_steps)
