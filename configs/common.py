@@ -130,7 +130,9 @@ def get_config(_: str = "") -> ConfigDict:
     config.optimizer = ConfigDict()  # AdamW
     config.optimizer.learning_rate = 1e-3  # at its peak
     config.optimizer.learning_rate_batch = 0  # the batch it is meant for, scaled to ours; 0: ours
-    config.optimizer.schedule = "cosine"  # after the warm-up; or "polynomial", from the start on
+    # "cosine" after the warm-up; "polynomial" from the start on; or "cosine_by_epoch", the authors'
+    # own: one rate an epoch, an epoch late, and a cosine over the whole run
+    config.optimizer.schedule = "cosine"
     config.optimizer.schedule_power = 0.9  # of "polynomial"
     config.optimizer.warmup_steps = placeholder(int)  # rises linearly
     config.optimizer.warmup_examples = placeholder(int)

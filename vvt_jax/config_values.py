@@ -205,7 +205,7 @@ RULES: dict[str, Rule] = {
     "inference.flip": _flag,
     "optimizer.learning_rate": _POSITIVE,
     "optimizer.learning_rate_batch": _whole(0, _MOST_IMAGES),
-    "optimizer.schedule": _one_of("cosine", "polynomial"),
+    "optimizer.schedule": _one_of("cosine", "polynomial", "cosine_by_epoch"),
     "optimizer.schedule_power": _POSITIVE,
     **_duration("optimizer.warmup", 0),
     "optimizer.warmup_learning_rate": _NOT_NEGATIVE,

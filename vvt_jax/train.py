@@ -269,6 +269,7 @@ class _Run:
             self.total_steps,
             configuration.in_steps(config.optimizer, "warmup", config.batch_size, examples),
             config.batch_size,
+            examples / config.batch_size,
         )
         optimizer = make_optimizer(config.optimizer, self._schedule)
 

@@ -1,6 +1,8 @@
 """The schedule and AdamW, against their formulas in plain numpy."""
 
 import functools
+import math
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +63,28 @@ def test_peak_grows_with_the_batch():
     fields = _fields(**{**_RATES, "learning_rate": 0.5}, learning_rate_batch=512)
     schedule = make_schedule(fields, 10, warmup_steps=2, batch_size=1024)
     np.testing.assert_allclose([schedule(0), schedule(2)], [0.1, 1.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("epoch_steps", [1251.0, 1281167 / 1024, 97.65625, 3.5])
+def test_the_authors_schedule_at_both_ends_of_every_epoch(epoch_steps):
+    epochs, warmup, start, peak, final = 300, 5, 1e-6, 1e-3, 1e-5
+    rates = {
+        "learning_rate": peak, "warmup_learning_rate": start, "final_learning_rate": final,
+        "schedule": "cosine_by_epoch",
+    }  # fmt: skip
+    total = round(epochs * epoch_steps)
+    schedule = jax.jit(
+        make_schedule(_fields(**rates), total, round(warmup * epoch_steps), 64, epoch_steps)
+    )
+    firsts = [math.ceil(Fraction(epoch_steps) * epoch) for epoch in range(epochs)] + [total]
+    for epoch in range(epochs):
+        t = max(epoch - 1, 0)
+        expected = final + (peak - final) * (1 + math.cos(math.pi * t / epochs)) / 2
+        if t < warmup:
+            expected = start + t * (peak - start) / warmup
+        for step in (firsts[epoch], firsts[epoch + 1] - 1):
+            assert float(schedule(step)) == np.float32(expected), (epoch, step)
+    assert schedule(total + 10) == schedule(total - 1)
 
 
 # Two stacked blocks, whose biases and scales have two dimensions, and a head.

@@ -1,6 +1,7 @@
 """AdamW with warm-up, decay and clipping, from the config's `optimizer` fields; for fine-tuning,
 learning rates that fall with the depth, and parameters that stay as they are."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +15,11 @@ _STAGE = re.compile(r"stage(\d+)")
 
 
 def make_schedule(
-    fields: Mapping[str, Any], total_steps: int, warmup_steps: int, batch_size: int = 0
+    fields: Mapping[str, Any],
+    total_steps: int,
+    warmup_steps: int,
+    batch_size: int = 0,
+    epoch_steps: float = 1.0,
 ) -> optax.Schedule:
     """Learning rate by step: linear warm-up, and a decay that ends at the last step.
 
@@ -23,10 +28,12 @@ def make_schedule(
             that of so many images and grows in proportion to the batch: Goyal et al., arXiv
             1706.02677), `warmup_learning_rate` and `final_learning_rate`; `schedule`, `"cosine"`
             after the warm-up, or `"polynomial"`, of the power `schedule_power`, which falls from
-            the first step on and which the warm-up scales (as mmsegmentation has it).
+            the first step on and which the warm-up scales (as mmsegmentation has it); or
+            `"cosine_by_epoch"`, the authors' own, see `_by_epoch`.
         total_steps: of the run.
         warmup_steps: 0 or more; the peak is reached at the latest at the last step.
         batch_size: images of an update.
+        epoch_steps: steps of an epoch, of which `"cosine_by_epoch"` counts whole ones.
     """
     peak = fields["learning_rate"]
     if fields["learning_rate_batch"]:
@@ -42,6 +49,9 @@ def make_schedule(
             return start + (decay(step) - start) * jnp.minimum(1.0, step / warmup)
 
         return scaled if warmup else decay
+    if fields["schedule"] == "cosine_by_epoch":
+        ends = fields["warmup_learning_rate"], peak, fields["final_learning_rate"]
+        return _by_epoch(*ends, total_steps, warmup_steps, epoch_steps)
     return optax.warmup_cosine_decay_schedule(
         init_value=fields["warmup_learning_rate"] if warmup else peak,
         peak_value=peak,
@@ -49,6 +59,43 @@ def make_schedule(
         decay_steps=total_steps,
         end_value=fields["final_learning_rate"],
     )
+
+
+def _by_epoch(
+    start: float, peak: float, final: float, total_steps: int, warmup_steps: int, epoch_steps: float
+) -> optax.Schedule:
+    """The schedule of the authors' training script, which sets the rate once after each epoch.
+
+    In epoch e, counted from 0, it is the rate of t = max(e - 1, 0), so that the first two epochs
+    are alike: start + t·(peak - start) / W during the W epochs of warm-up, and after them
+    final + (peak - final)·(1 + cos(π·t / E)) / 2 in a run of E epochs. The cosine begins with the
+    run and not with the end of the warm-up.
+
+    Args:
+        start: rate at the start of the warm-up.
+        peak: rate that the warm-up leads to.
+        final: rate that the cosine leads to.
+        total_steps: of the run.
+        warmup_steps: of the warm-up.
+        epoch_steps: of an epoch; need not be a whole number.
+    """
+
+    def in_epochs(steps: int) -> float:  # both were rounded to steps
+        epochs = steps / epoch_steps
+        return round(epochs) if abs(epochs - round(epochs)) * epoch_steps <= 1 else epochs
+
+    epochs, warmup = in_epochs(total_steps), in_epochs(warmup_steps)
+    t = np.maximum(np.arange(max(1, math.ceil(epochs))) - 1.0, 0.0)
+    rates = final + (peak - final) * (1 + np.cos(np.pi * t / epochs)) / 2
+    if warmup:
+        rates = np.where(t < warmup, start + t * (peak - start) / warmup, rates)
+    # The first step of each epoch but the first one; compared as whole numbers, so exact anywhere
+    starts = np.ceil(np.arange(1, len(rates)) * epoch_steps - 1e-6).astype(np.int32)
+
+    def schedule(step: Any) -> jax.Array:
+        return jnp.asarray(rates, jnp.float32)[jnp.sum(step >= starts)]
+
+    return schedule
 
 
 def make_optimizer(
