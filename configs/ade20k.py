@@ -11,7 +11,14 @@ classifier: a model folder or another run's workdir.
 Cost: steps of 16 images of 512 pixels, 0.3 TFLOP an image with fpn and 1.4 with upernet for
 vvt_small. The published mIoU is 45.6, 47.4 and 47.9 % with fpn and 46.8, 48.1 and 48.8 % with
 upernet. Not run here. The recipes are those of the papers that the authors cite for their settings
-(PVT, arXiv 2102.12122, and Swin, arXiv 2103.14030), since theirs were not published.
+(PVT, arXiv 2102.12122, and Swin, arXiv 2103.14030), since theirs were not published. Three things
+differ from the code of those papers:
+
+- Images are made smaller with antialiasing, as everywhere in this package; mmcv has none.
+- A whole image is evaluated at sides that are rounded to the nearest multiple of 32; PVT's code
+  rounds up, so that 683 pixels become 704 there and 672 here.
+- Biases and norms have no weight decay with either head; PVT's code decays them, Swin's does not
+  decay norms.
 """
 
 from ml_collections import ConfigDict
