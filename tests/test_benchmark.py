@@ -6,7 +6,7 @@ import os
 import pytest
 
 from tests import fork_server
-from vvt_jax import benchmark
+from vvt_jax import benchmark, costs, create_model
 from vvt_jax.benchmark import Program, Setting
 from vvt_jax.errors import UserError
 
@@ -38,12 +38,12 @@ def test_forward_as_a_table_and_json(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_train_step_counts_three_forward_passes(capsys, tmp_path):
-    benchmark.main([*_SMALL, "--compare", "train=False", "train=True", f"--json={tmp_path / 'r'}"])
-    out = capsys.readouterr().out
-    assert "ratio" in out
-    forward, train = json.loads((tmp_path / "r").read_text())
-    assert train["multiply_adds"] == 3 * forward["multiply_adds"]
-    assert train["images_per_second"] < forward["images_per_second"]
+    benchmark.main([*_SMALL, "--train", f"--json={tmp_path / 'r'}"])
+    assert "images/s, median" in capsys.readouterr().out
+    (train,) = json.loads((tmp_path / "r").read_text())
+    forward = sum(layer.published for layer in costs.count(create_model("vvt_nano"), 32, 64))
+    assert train["multiply_adds"] == 3 * forward
+    assert train["images_per_second"] > 0
 
 
 @pytest.mark.slow
