@@ -156,12 +156,12 @@ def train_and_evaluate(
                 state = dataclasses.replace(state, totals=run.no_totals())
             if not (measure or save):
                 continue
-            run.check_finite(state)
             metrics = {}
             if unread is not None:
                 metrics = run.describe_training(step, unread.totals, stopwatch)
                 broken.tell(np.asarray(unread.broken))
                 unread = None
+            run.check_finite(state)
             show = functools.partial(reporter.show, step)
             with stopwatch.paused():
                 score = None

@@ -631,8 +631,8 @@ FAULTS = (
     Fault(
         id="resume-cuts-one-line-too-many",
         file="vvt_jax/reporting.py",
-        old='if json.loads(line)["step"] <= step:',
-        new='if json.loads(line)["step"] < step:',
+        old='metrics["step"] <= step]',
+        new='metrics["step"] < step]',
         kind="off-by-one",
         test="tests/test_reporting.py",
         effect="A run that resumes loses the measurements of the step it resumes from.",
@@ -840,8 +840,8 @@ FAULTS = (
     Fault(
         id="full-disk-not-told",
         file="vvt_jax/errors.py",
-        old="_NO_ROOM = (errno.ENOSPC, errno.EDQUOT",
-        new="_NO_ROOM = (errno.EDQUOT",
+        old="NO_ROOM = (errno.ENOSPC, errno.EDQUOT",
+        new="NO_ROOM = (errno.EDQUOT",
         kind="lost exception",
         test="tests/faults/test_faults.py",
         effect="A full disk ends a run with a traceback instead of a sentence.",
@@ -922,8 +922,8 @@ FAULTS = (
     Fault(
         id="damaged-weights-loaded",
         file="vvt_jax/pretrained.py",
-        old='if hashlib.sha256(weights).hexdigest() != config["sha256"]:',
-        new='if not config["sha256"]:',
+        old="return weights if hashlib.sha256(weights).hexdigest() == sha256 else None",
+        new="return weights if sha256 else None",
         kind="skipped check",
         test="tests/test_pretrained.py",
         effect="Weights with a flipped bit are loaded without a word.",
@@ -931,8 +931,8 @@ FAULTS = (
     Fault(
         id="transposed-views-saved",
         file="vvt_jax/pretrained.py",
-        old="name: np.ascontiguousarray(value)",
-        new="name: np.asarray(value)",
+        old="array = np.ascontiguousarray(value)",
+        new="array = np.asarray(value)",
         kind="dropped step",
         test="tests/test_pretrained.py",
         effect="Weights that are transposed views are stored in the wrong order.",
