@@ -118,6 +118,7 @@ def get_config(_: str = "") -> ConfigDict:
     config.augment.mixup = 0.0  # α of its Beta distribution; 0: none
     config.augment.cutmix = 0.0  # α of its Beta distribution; 0: none
     config.augment.mix_probability = 1.0  # of a step, to mix at all
+    config.augment.mix_groups = 1  # parts of the batch, each mixed by itself with its own draw
     config.augment.cutmix_probability = 0.5  # of a step that mixes, where both are on
 
     # Segmentation: how a whole image is looked at, when it is measured and later on.

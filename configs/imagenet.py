@@ -18,9 +18,11 @@ Measured, also on ImageNet's other validation sets, as far as tfds has prepared 
 Cost: 300 epochs of 1.28 million images; 18 GFLOP an image for vvt_tiny, 65 for vvt_large. The
 published top-1 is 79.2, 82.6, 83.8 and 84.1 % at 224 pixels and 80.3, 83.4, 84.5 and 84.7 % at 384.
 Not run here. The batch sizes are ours: the authors print a learning rate for 512 images, and scale
-it. Their recipe at 384 was never published. Ours has DeiT's rates and length (arXiv 2012.12877) and
-what the authors' script does by default: no drop path, and evaluation on the central 0.875 of an
-image that was resized to 438 pixels.
+it. One draw of mixup or cutmix is for the whole batch here; each of the authors' processes draws
+its own for its part of the batch, which is augment.mix_groups. Their recipe at 384 was never
+published. Ours has DeiT's rates and length (arXiv 2012.12877) and what the authors' script does by
+default: no drop path, and evaluation on the central 0.875 of an image that was resized to 438
+pixels.
 """
 
 from ml_collections import ConfigDict

@@ -198,6 +198,7 @@ RULES: dict[str, Rule] = {
     "augment.mixup": _NOT_NEGATIVE,
     "augment.cutmix": _NOT_NEGATIVE,
     "augment.mix_probability": _PROBABILITY,
+    "augment.mix_groups": _whole(1, _MOST_IMAGES),
     "augment.cutmix_probability": _PROBABILITY,
     "inference.short_side": _optional(_SIDE),
     "inference.stride": _whole(0, _MOST_PIXELS),

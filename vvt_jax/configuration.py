@@ -85,6 +85,8 @@ def check_values(config: ConfigDict) -> None:
     count, number = fields["distributed.num_processes"], fields["distributed.process_id"]
     if count is not None and number is not None and number >= count:
         refuse("distributed.process_id", "it goes from 0 up to num_processes - 1")
+    if config.batch_size % config.augment.mix_groups:
+        refuse("augment.mix_groups", f"it has to divide batch_size={config.batch_size}")
     accumulate = config.optimizer.accumulate
     if accumulate < 1 or config.batch_size % accumulate:
         refuse("optimizer.accumulate", f"it has to divide batch_size={config.batch_size}")

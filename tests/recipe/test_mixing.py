@@ -172,7 +172,8 @@ _SHARDED = """
     from vvt_jax import parallel
     from vvt_jax.recipe.mixing import prepare_batch
 
-    prepare = jax.jit(functools.partial(prepare_batch, augment={**_BOTH, "erase": 0.5}, **_OPTIONS))
+    augment = {**_BOTH, "erase": 0.5, "mix_groups": 2}
+    prepare = jax.jit(functools.partial(prepare_batch, augment=augment, **_OPTIONS))
     mesh = parallel.make_mesh({"data": 2, "fsdp": 2, "spatial": 2}, 8)
     (sharded,) = parallel.to_devices([_batch(8)], mesh)
     for seed in range(4):
@@ -182,6 +183,26 @@ _SHARDED = """
             np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
     print("equal")
 """
+
+
+def test_groups_are_mixed_by_themselves():
+    augment = {**_BOTH, "erase": 0.0}
+    batch, key = _batch(8), jax.random.key(3)
+
+    def prepare(**changes):
+        return prepare_batch(batch, key, augment={**augment, **changes}, **_OPTIONS)
+
+    jax.tree.map(np.testing.assert_array_equal, prepare(), prepare(mix_groups=1))
+    images, targets = prepare(mix_groups=4)
+    plain, labels = prepare(mixup=0.0, cutmix=0.0)
+    _, mix_key = jax.random.split(key)
+    for group, group_key in enumerate(jax.random.split(mix_key, 4)):
+        part = slice(2 * group, 2 * group + 2)
+        expected = mix(plain[part], labels[part], group_key, **_BOTH)
+        for x, y in zip((images[part], targets[part]), expected, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6)
+    shares = {round(float(target.max()), 4) for target in targets}
+    assert len(shares) > 2  # each group has one of its own
 
 
 @pytest.mark.slow

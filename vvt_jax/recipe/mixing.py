@@ -3,6 +3,7 @@
 Everything has one shape whatever is drawn, and runs inside the jitted step on a sharded batch.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,7 +39,9 @@ def prepare_batch(
         batch: `image`, uint8 `[batch, height, width, 3]`, and `label`, int32 `[batch]`.
         key: see `augmentation_key`.
         preprocessing: the record, for mean and std.
-        augment: `erase`, `mixup`, `cutmix`, `mix_probability`, `cutmix_probability`.
+        augment: `erase`, `mixup`, `cutmix`, `mix_probability`, `cutmix_probability`, and
+            `mix_groups`, consecutive parts of the batch that are mixed by themselves, each with a
+            draw of its own (1 where it is missing).
         label_smoothing: part of a label that is spread evenly over all classes.
         num_classes: of the targets.
 
@@ -51,15 +54,20 @@ def prepare_batch(
     if augment["erase"]:
         images = random_erase(images, erase_key, probability=augment["erase"])
     if augment["mixup"] or augment["cutmix"]:
-        images, targets = mix(
-            images,
-            targets,
-            mix_key,
+        mix_group = functools.partial(
+            mix,
             mixup=augment["mixup"],
             cutmix=augment["cutmix"],
             mix_probability=augment["mix_probability"],
             cutmix_probability=augment["cutmix_probability"],
         )
+        groups = augment.get("mix_groups", 1)
+        if groups == 1:
+            images, targets = mix_group(images, targets, mix_key)
+        else:
+            parts = (x.reshape(groups, -1, *x.shape[1:]) for x in (images, targets))
+            mixed = jax.vmap(mix_group)(*parts, jax.random.split(mix_key, groups))
+            images, targets = (x.reshape(-1, *x.shape[2:]) for x in mixed)
     return images, targets
 
 
