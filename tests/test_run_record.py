@@ -13,7 +13,8 @@ from vvt_jax import configuration, hosts, run_record
 from vvt_jax.checkpoint import Best, Checkpoints
 from vvt_jax.configuration import ConfigError, settle
 from vvt_jax.data import splits
-from vvt_jax.data.sources import Source, open_source, with_classes
+from vvt_jax.data.sources import DataError, Source, open_source, with_classes
+from vvt_jax.errors import UserError
 from vvt_jax.finetune import initial_variables
 from vvt_jax.hosts import GroupError
 from vvt_jax.pretrained import load_pretrained, save_pretrained
@@ -353,6 +354,34 @@ def test_a_real_run_keeps_its_examples_and_its_classes(tmp_path, compilation_cac
         config.mode = mode
         with pytest.raises(RecordError, match="it also has 'azure' and it lacks 'blue'"):
             train_and_evaluate(config, workdir)
+
+
+@pytest.mark.slow  # shares its program with the run above
+def test_a_broken_image_to_measure_on_loses_nothing(tmp_path, compilation_cache, capsys):
+    data, workdir = tmp_path / "data", tmp_path / "run"
+    _fill(data)
+    config = _config(data, compilation_cache)
+    name = _open(config, tmp_path / "other")[1]["validation"].names[0]
+    (data / name).write_bytes((data / name).read_bytes()[:-20])
+    config.data.broken_limit = 0
+    with pytest.raises(DataError, match=rf"1 of the 6 images of the validation .*{name}"):
+        train_and_evaluate(config, workdir)
+    assert (workdir / "checkpoints" / "2").is_dir()
+    config.data.broken_limit, config.mode = 1, "eval"
+    metrics = train_and_evaluate(config, workdir)
+    assert (metrics["eval/examples"], metrics["eval/broken"]) == (5, 1)
+    told = capsys.readouterr().out
+    assert "Left a broken image of the validation split out." in told
+    assert name in told
+
+
+def test_an_empty_split_is_refused_before_the_first_step(tmp_path):
+    _fill(tmp_path / "data")
+    config = _config(tmp_path / "data")
+    config.data.validation_split = "train[:0%]"
+    with pytest.raises(UserError, match="no examples"):
+        train_and_evaluate(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_a_run_without_a_list_goes_on_with_the_random_cut(copied):

@@ -10,7 +10,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -145,6 +145,14 @@ def gather(values: np.ndarray) -> jax.Array:
     layout = NamedSharding(mesh, PartitionSpec("process"))
     shape = (mesh.shape["process"], *values.shape)
     return _replicate(mesh)(jax.make_array_from_process_local_data(layout, values[None], shape))
+
+
+def union(numbers: Collection[int]) -> tuple[int, ...]:
+    """The numbers that any process has, in order; all have to ask for it."""
+    if jax.process_count() == 1:
+        return tuple(sorted(numbers))
+    theirs = _exchange(json.dumps(list(numbers)).encode())
+    return tuple(sorted({number for text in theirs for number in json.loads(text)}))
 
 
 def check_agreement(values: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from vvt_jax import charts, hosts, models, parallel, segment
 from vvt_jax.configuration import ConfigError
 from vvt_jax.data import augment, overlay, segmentation
-from vvt_jax.data.loader import eval_batches
+from vvt_jax.data.loader import eval_batches, without_flags
 from vvt_jax.data.preprocess import check_record, normalize
 from vvt_jax.data.sources import Source
 from vvt_jax.evaluate import evaluate, make_eval_step, make_set_step
@@ -39,11 +39,13 @@ class Measured:
         metrics: by name.
         confusion: int `[classes, classes]`, rows are the true classes; None where it isn't counted.
         picture: of predictions beside the truth, or None.
+        broken: numbers of the examples that could not be used and are counted nowhere.
     """
 
     metrics: dict[str, float]
     confusion: np.ndarray | None
     picture: PIL.Image.Image | None = None
+    broken: tuple[int, ...] = ()
 
 
 class Task(Protocol):
@@ -144,9 +146,11 @@ class Classification:
                 workers=data.workers,
                 threads=data.threads,
             )
-            with contextlib.closing(batches):
+            broken: list[int] = []
+            with contextlib.closing(without_flags(batches, broken)) as batches:
                 arrays = parallel.to_devices(batches, mesh, batch)
-                return Measured(*evaluate(step, variables, arrays))
+                metrics, confusion = evaluate(step, variables, arrays)
+            return Measured(metrics, confusion, broken=hosts.union(broken))
 
         return measure
 
@@ -230,6 +234,7 @@ class Segmentation:
 
         def measure(variables: Any, source: Source) -> Measured:
             loss, images, picture = 0.0, 0, None
+            broken: list[int] = []  # the same in all processes, which read all images
             # Of 64 bits: a set has more pixels than 2³¹
             confusion = np.zeros((self.model.num_classes,) * 2, np.int64)
             dispatched = parallel.Dispatched()
@@ -246,6 +251,7 @@ class Segmentation:
                 record=self._record,
                 inference=self._inference,
                 batch_size=self._config.batch_size,
+                broken=broken,
                 workers=self._config.data.workers,
                 threads=self._config.data.threads,
             )
@@ -267,7 +273,8 @@ class Segmentation:
                         picture = self._compare(hosts.fetch({**batch, "found": classes}))
                 add(dispatched.finish())
             metrics = segment.segmentation_metrics(loss, confusion)
-            return Measured({**metrics, "examples": images}, confusion, picture)
+            metrics["examples"] = images
+            return Measured(metrics, confusion, picture, broken=tuple(sorted(broken)))
 
         return measure
 

@@ -18,9 +18,9 @@ from vvt_jax import charts, configuration, costs, forms, hosts, parallel, storag
 from vvt_jax.checkpoint import Best, Checkpoints, check_folder
 from vvt_jax.configuration import ConfigError
 from vvt_jax.data import imagenet_sets
-from vvt_jax.data.loader import BrokenImages, train_batches
+from vvt_jax.data.loader import BrokenImages, train_batches, why_broken
 from vvt_jax.data.mask_survey import survey_masks
-from vvt_jax.data.sources import Cut, Source, open_source
+from vvt_jax.data.sources import Cut, DataError, Source, open_source
 from vvt_jax.errors import UserError, telling_of_full_disks
 from vvt_jax.finetune import StartingWeights, initial_variables
 from vvt_jax.interruption import Interrupted, Interruption
@@ -165,11 +165,17 @@ def train_and_evaluate(
             show = functools.partial(reporter.show, step)
             with stopwatch.paused():
                 score = None
-                if measure:
-                    metrics |= run.evaluate(state, "validation", "eval", show=show)
-                    score = run.score(metrics)
-                if step == run.total_steps:
-                    metrics |= run.evaluate(state, "test", "test", show=show)
+                measuring = functools.partial(run.evaluate, state, show=show, say=reporter.say)
+                try:
+                    if measure:
+                        metrics |= measuring("validation", "eval")
+                        score = run.score(metrics)
+                    if step == run.total_steps:
+                        metrics |= measuring("test", "test")
+                except UserError:  # of the data: what was learnt is not lost for that
+                    reporter.flush()
+                    checkpoints.save(step, state, best)
+                    raise
                 reporter.write(step, metrics)
                 latest = metrics
                 if score is not None and score > best.score:
@@ -233,6 +239,13 @@ class _Run:
 
     def __init__(self, config: ConfigDict, sources: Mapping[str, Source]):
         self._config, self._sources = config, sources
+        self._told_broken: set[tuple[str, int]] = set()
+        for part, source in sources.items():
+            if not len(source.examples):
+                raise DataError(
+                    f"The split config.data.{part}_split={source.split!r} of {source.name!r} has "
+                    "no examples."
+                )
         data = config.data
         self._task = make_task(config, sources["train"])
         self._model = self._task.model
@@ -527,9 +540,14 @@ class _Run:
         prefix: str,
         folder: AnyPath | None = None,
         show: Callable[[str, PIL.Image.Image], None] | None = None,
+        say: Callable[[str], None] = print,
     ) -> dict[str, float]:
         """Measurements on a part of the data, none where the config names no split for it; what
-        each class is taken for goes into the folder, and pictures to `show`, where given."""
+        each class is taken for goes into the folder, and pictures to `show`, where given.
+
+        Raises:
+            DataError: more broken images than `config.data.broken_limit`.
+        """
         if part not in self._sources:
             return {}
         metrics: dict[str, float] = {}
@@ -537,6 +555,8 @@ class _Run:
             variables = self._unstack(state.variables(ema=ema))
             measured = self._measure(variables, self._sources[part])
             metrics |= {f"{name}/{key}": value for key, value in measured.metrics.items()}
+            metrics[f"{name}/broken"] = len(measured.broken)
+            self._report_broken(part, measured.broken, say)
             if not hosts.is_first():
                 continue
             if measured.confusion is not None and folder is not None:
@@ -544,6 +564,22 @@ class _Run:
             if measured.picture is not None and show is not None:
                 show(name, measured.picture)
         return metrics
+
+    def _report_broken(self, part: str, broken: Sequence[int], say: Callable[[str], None]) -> None:
+        """Names the broken images of an evaluation, each once a run."""
+        source, limit = self._sources[part], self._config.data.broken_limit
+        count, examples = len(broken), len(source.examples)
+        if count > limit or count == examples:
+            allowed = f"config.data.broken_limit={limit} allows at most that many"
+            reason = "there is nothing to measure" if count == examples else allowed
+            raise DataError(
+                f"{count} of the {examples} images of the {part} split are broken: {reason}. The "
+                f"first one: {why_broken(source, broken[0])}"
+            )
+        for index in broken:
+            if (part, index) not in self._told_broken:
+                self._told_broken.add((part, index))
+                say(f"Left a broken image of the {part} split out. {why_broken(source, index)}")
 
     def score(self, metrics: Mapping[str, float]) -> float | None:
         """What says whether weights are better than others, None where it was not measured."""
@@ -643,8 +679,8 @@ def _evaluate_only(
             state, _ = checkpoints.restore(run.abstract_state)
     told = [*run.describe_rows(), *told]
     folder = workdir / "evaluation"
-    metrics = run.evaluate(state, "validation", "eval", folder)
-    metrics |= run.evaluate(state, "test", "test", folder)
+    metrics = run.evaluate(state, "validation", "eval", folder, say=told.append)
+    metrics |= run.evaluate(state, "test", "test", folder, say=told.append)
     metrics |= run.evaluate_also(state, also, folder)
     if not hosts.is_first():
         return metrics

@@ -270,6 +270,27 @@ def test_rows_with_workers():
     _assert_equal(part, [{k: v[rows] for k, v in batch.items()} for batch in whole])
 
 
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_eval_leaves_broken_images_out_and_flags_them(workers):
+    source = _damaged(20)
+    flags = set(range(0, 20, 3))
+    broken = []
+    batches = loader.eval_batches(source, record=_RECORD, batch_size=8, workers=workers)
+    with contextlib.closing(loader.without_flags(batches, broken)) as kept:
+        found = list(kept)
+    assert broken == sorted(flags)
+    mask = np.concatenate([batch["mask"] for batch in found])
+    assert set(np.flatnonzero(~mask)) == flags | {20, 21, 22, 23}
+    assert set(_labels(found)[mask].tolist()) == set(range(20)) - flags
+    assert "broken" not in found[0]
+
+
+def test_nothing_but_broken_images_names_the_first():
+    source = sources.Source(_AllDamaged(9), ("a",), "none", "all")
+    with pytest.raises(sources.DataError, match=r"None of the images .*: Image number 0 is broken"):
+        loader.eval_batches(source, record=_RECORD, batch_size=2)
+
+
 class _AllDamaged(_Numbered):
     def __getitem__(self, index):
         raise sources.BrokenImageError(f"Image number {index} is broken.")
@@ -287,7 +308,8 @@ def test_eval_counts_each_example_once_in_order(batch_size):
     batches = list(loader.eval_batches(source, record=_RECORD, batch_size=batch_size))
     assert len(batches) == -(-10 // batch_size)
     for batch in batches:
-        assert set(batch) == {"image", "label", "mask"}
+        assert set(batch) == {"image", "label", "mask", "broken"}
+        assert (batch["broken"] == -1).all()
         assert batch["image"].shape == (batch_size, 16, 12, 3)
         assert [batch[key].dtype for key in ("image", "label", "mask")] == [
             np.uint8,
@@ -430,8 +452,9 @@ class _Line:
 def test_a_line_of_pixels_is_named():
     source = sources.Source(_Line(), ("a",), "lines", "train")
     record = {**_RECORD, "size": [224, 224]}
-    with pytest.raises(sources.BrokenImageError, match=r"line\.png can't be used: An image of 600"):
-        list(loader.eval_batches(source, record=record, batch_size=1, threads=0))
+    (batch,) = loader.eval_batches(source, record=record, batch_size=1, threads=0)
+    assert batch["broken"].tolist() == [0]
+    assert "line.png" in loader.why_broken(source, 0)
     batches = loader.train_batches(
         source,
         record=record,

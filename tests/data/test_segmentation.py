@@ -7,7 +7,7 @@ import pytest
 from configs import common
 from vvt_jax.data import segmentation
 from vvt_jax.data.segmentation import IGNORED, train_example, whole_image_batches, whole_size
-from vvt_jax.data.sources import Source
+from vvt_jax.data.sources import BrokenImageError, Source
 
 _RECORD = {
     "size": [32, 48],
@@ -106,7 +106,9 @@ def test_whole_images_come_once_with_their_own_masks():
     source = Source([_example(*size) for size in sizes], ("a",) * 9, "test", "all", pixels=True)
     inference = {"short_side": 32, "scales": [1.0, 2.0]}
     batches = list(
-        whole_image_batches(source, record=_RECORD, inference=inference, batch_size=2, threads=2)
+        whole_image_batches(
+            source, record=_RECORD, inference=inference, batch_size=2, broken=[], threads=2
+        )
     )
     found = []
     for batch in batches:
@@ -134,3 +136,26 @@ def test_whole_images_come_once_with_their_own_masks():
 def test_settings_that_cannot_be_meant(change, told):
     with pytest.raises(ValueError, match=told):
         segmentation.check_augment(_augment(**change))
+
+
+class _OneBroken(list):
+    def __getitem__(self, index):
+        if index == 1:
+            raise BrokenImageError("This one is broken.")
+        return super().__getitem__(index)
+
+
+def test_broken_images_are_left_out_and_numbered():
+    examples = _OneBroken([_example(40, 50)] * 3)
+    source = Source(examples, ("a",) * 9, "test", "all", pixels=True)
+    broken = []
+    (batch,) = whole_image_batches(
+        source,
+        record=_RECORD,
+        inference={"short_side": 32, "scales": [1.0]},
+        batch_size=4,
+        broken=broken,
+        threads=0,
+    )
+    assert broken == [1]
+    assert batch["mask"].tolist() == [True, True, False, False]

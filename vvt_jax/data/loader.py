@@ -124,6 +124,8 @@ def eval_batches(
 ) -> Generator[Batch, None, None]:
     """Every example exactly once, in order; the last batch is filled up with black images.
 
+    An image that can't be used is black as well, not counted, and flagged in its batch.
+
     Args:
         source: the examples.
         record: the preprocessing record.
@@ -134,18 +136,24 @@ def eval_batches(
 
     Returns:
         A generator of `{"image": uint8 [batch, height, width, 3], "label": int32 [batch],
-        "mask": bool [batch]}`; `mask` is False where the batch is filled up (label 0). Labels that
-        are arrays keep their dtype, `[batch, ...]`.
+        "mask": bool [batch], "broken": int32 [batch]}`; `mask` is False where the batch is filled
+        up and where an image is broken (label 0), whose number is in `broken`, else -1. Labels
+        that are arrays keep their dtype, `[batch, ...]`.
 
     Raises:
-        DataError: the source is empty.
+        DataError: the source is empty, or none of its images can be used.
         ValueError: a setting is out of range.
     """
     check(source, batch_size, workers, threads)
     preprocess.check_record(record)
     batches = -(-len(source.examples) // batch_size)
     dataset = grain.MapDataset.range(batches * batch_size).map(
-        functools.partial(_eval_example, examples=source.examples, record=dict(record))
+        functools.partial(
+            _eval_example,
+            examples=source.examples,
+            record=dict(record),
+            no_label=np.zeros_like(_first_label(source)),
+        )
     )
     return stream(_batched(dataset, batch_size, rows), workers, threads)
 
@@ -267,7 +275,7 @@ class BrokenImages:
         """
         for index in sorted(set(taken[taken >= 0].tolist()) - self._told):
             self._told.add(index)
-            why = _why_broken(self._source, index)
+            why = why_broken(self._source, index)
             if len(self._told) > self._limit:
                 raise DataError(
                     f"{len(self._told)} broken images are more than config.data.broken_limit="
@@ -276,7 +284,19 @@ class BrokenImages:
             self._say(f"Replaced a broken image, the run's {len(self._told)}. {why}")
 
 
-def _why_broken(source: Source, index: int) -> str:
+def without_flags(
+    batches: Generator[Batch, None, None], broken: list[int]
+) -> Generator[Batch, None, None]:
+    """The batches of an evaluation without `broken`, whose numbers are added to a list."""
+    with contextlib.closing(batches):
+        for batch in batches:
+            flags = batch.pop("broken")
+            broken += flags[flags >= 0].tolist()
+            yield batch
+
+
+def why_broken(source: Source, index: int) -> str:
+    """A sentence about an example that could not be used."""
     try:
         source.examples[index]
     except BrokenImageError as error:
@@ -287,18 +307,44 @@ def _why_broken(source: Source, index: int) -> str:
     )
 
 
-def _eval_example(index: int, examples: Examples, record: Mapping[str, Any]) -> dict[str, Any]:
-    padding = index >= len(examples)  # fills up the last batch
-    example = examples[0 if padding else index]
-    label = example["label"] if np.ndim(example["label"]) else np.int32(example["label"])
-    if padding:
-        black = np.zeros((*record["size"], 3), np.uint8)
-        return {"image": black, "label": np.zeros_like(label), "mask": np.False_}
-    try:
-        image = preprocess.eval_image(example["image"], record)
-    except UnfitImageError as error:
-        raise BrokenImageError(f"{describe(examples, index)} can't be used: {error}") from error
-    return {"image": image, "label": label, "mask": np.True_}
+def _first_label(source: Source) -> np.ndarray:
+    """The label of the first example that can be read, for its shape and dtype."""
+    first: BrokenImageError | None = None
+    for index in range(len(source.examples)):
+        try:
+            return _label_of(source.examples[index])
+        except BrokenImageError as error:
+            first = first or error
+    raise DataError(
+        f"None of the images of the split {source.split!r} of {source.name!r} can be decoded. The "
+        f"first one: {first}"
+    ) from first
+
+
+def _label_of(example: Mapping[str, Any]) -> Any:
+    label = example["label"]
+    return label if np.ndim(label) else np.int32(label)
+
+
+def _eval_example(
+    index: int, examples: Examples, record: Mapping[str, Any], no_label: np.ndarray
+) -> dict[str, Any]:
+    broken = -1
+    if index < len(examples):  # others fill up the last batch
+        try:
+            example = examples[index]
+            image = preprocess.eval_image(example["image"], record)
+        except (BrokenImageError, UnfitImageError):
+            broken = index
+        else:
+            return {
+                "image": image,
+                "label": _label_of(example),
+                "mask": np.True_,
+                "broken": np.int32(-1),
+            }
+    black = np.zeros((*record["size"], 3), np.uint8)
+    return {"image": black, "label": no_label, "mask": np.False_, "broken": np.int32(broken)}
 
 
 def stream(dataset: grain.MapDataset, workers: int, threads: int) -> Generator[Batch, None, None]:

@@ -17,7 +17,7 @@ import PIL.Image
 from vvt_jax.data import augment as augment_lib
 from vvt_jax.data import preprocess
 from vvt_jax.data.loader import Batch, check, stream
-from vvt_jax.data.sources import Source
+from vvt_jax.data.sources import BrokenImageError, Examples, Source
 
 IGNORED = 255
 MULTIPLE = 32  # pixels: the sides of whole images are rounded to it, so that few sizes occur
@@ -197,6 +197,7 @@ def whole_image_batches(
     record: Mapping[str, Any],
     inference: Mapping[str, Any],
     batch_size: int,
+    broken: list[int],
     workers: int = 0,
     threads: int = 4,
 ) -> Generator[Batch, None, None]:
@@ -209,6 +210,7 @@ def whole_image_batches(
         record: the preprocessing record.
         inference: as for `whole_views`.
         batch_size: examples in a batch.
+        broken: gets the numbers of the examples that can't be used, which are left out.
         workers: worker processes; 0 works in this process.
         threads: threads that prepare images, in each worker.
 
@@ -224,11 +226,17 @@ def whole_image_batches(
     """
     check(source, batch_size, workers, threads)
 
-    prepare = functools.partial(_whole_example, record=record, inference=inference)
+    prepare = functools.partial(
+        _whole_example, examples=source.examples, record=record, inference=inference
+    )
     waiting: dict[tuple[int, ...], list[dict[str, Any]]] = {}
-    examples = stream(grain.MapDataset.source(source.examples).map(prepare), workers, threads)
+    numbers = grain.MapDataset.range(len(source.examples))
+    examples = stream(numbers.map(prepare), workers, threads)
     with contextlib.closing(examples):
         for example in examples:
+            if "broken" in example:
+                broken.append(int(example["broken"]))
+                continue
             size = example["image"].shape
             group = waiting.setdefault(size, [])
             group.append(example)
@@ -239,9 +247,14 @@ def whole_image_batches(
 
 
 def _whole_example(
-    example: Mapping[str, Any], record: Mapping[str, Any], inference: Mapping[str, Any]
+    index: int, examples: Examples, record: Mapping[str, Any], inference: Mapping[str, Any]
 ) -> dict[str, Any]:
-    return {**whole_views(example["image"], record, inference), "label": example["label"]}
+    try:
+        example = examples[index]
+        views = whole_views(example["image"], record, inference)
+    except (BrokenImageError, preprocess.UnfitImageError):
+        return {"broken": np.int32(index)}
+    return {**views, "label": example["label"]}
 
 
 def _stack(examples: list[dict[str, Any]], batch_size: int) -> Batch:

@@ -3,7 +3,6 @@
 Everything has one shape whatever is drawn, and runs inside the jitted step on a sharded batch.
 """
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,19 +53,25 @@ def prepare_batch(
     if augment["erase"]:
         images = random_erase(images, erase_key, probability=augment["erase"])
     if augment["mixup"] or augment["cutmix"]:
-        mix_group = functools.partial(
-            mix,
-            mixup=augment["mixup"],
-            cutmix=augment["cutmix"],
-            mix_probability=augment["mix_probability"],
-            cutmix_probability=augment["cutmix_probability"],
-        )
+
+        def mix_group(images, targets, key):
+            return mix(
+                images,
+                targets,
+                key,
+                mixup=augment["mixup"],
+                cutmix=augment["cutmix"],
+                mix_probability=augment["mix_probability"],
+                cutmix_probability=augment["cutmix_probability"],
+            )
+
         groups = augment.get("mix_groups", 1)
         if groups == 1:
             images, targets = mix_group(images, targets, mix_key)
         else:
-            parts = (x.reshape(groups, -1, *x.shape[1:]) for x in (images, targets))
-            mixed = jax.vmap(mix_group)(*parts, jax.random.split(mix_key, groups))
+            grouped, theirs = (x.reshape(groups, -1, *x.shape[1:]) for x in (images, targets))
+            keys = jax.random.split(mix_key, groups)
+            mixed = jax.vmap(mix_group)(grouped, theirs, keys)
             images, targets = (x.reshape(-1, *x.shape[2:]) for x in mixed)
     return images, targets
 
