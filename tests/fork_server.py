@@ -8,6 +8,7 @@ shown this way: tests of that start Python itself.
 
 import atexit
 import concurrent.futures
+import contextlib
 import functools
 import gc
 import json
@@ -33,16 +34,38 @@ def start(
     environment: Mapping[str, str] | None = None,
     *,
     warnings_are_errors: bool = False,
-) -> "Process":
-    """Starts `python ARGUMENTS...` in the repository's folder, `-m MODULE` or `-c CODE` first."""
+    anew: bool = False,
+) -> "Process | subprocess.Popen[str]":
+    """Starts `python ARGUMENTS...` in the repository's folder, `-m MODULE` or `-c CODE` first.
+
+    Args:
+        arguments: of Python.
+        environment: of the process, by default this one's.
+        warnings_are_errors: as `python -W error`; not for what the server has imported.
+        anew: by Python itself, so that importing is part of the test and hashes have their own
+            seed.
+    """
     texts = [str(argument) for argument in arguments]
+    if anew:
+        options = ["-W", "error"] if warnings_are_errors else []
+        return subprocess.Popen(
+            [sys.executable, *options, *texts],
+            cwd=ROOT,
+            env=dict(environment or os.environ),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
     return Process(texts, dict(environment or os.environ), warnings_are_errors)
 
 
 def run(arguments: Sequence[object], environment: Mapping[str, str] | None = None, **options):
     """`start`, and waits for the end: what subprocess.run returns with captured text."""
     process = start(arguments, environment, **options)
-    out, err = process.communicate(timeout=600)
+    try:
+        out, err = process.communicate(timeout=600)
+    finally:
+        process.kill()
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
@@ -64,6 +87,7 @@ class Process:
             os.close(descriptor)
         self._told = b""
         while b"\n" not in self._told:
+            assert select.select([self._status], [], [], 120)[0], "the server of forks is stuck"
             self._told += self._read()
         self.pid = int(self._told.split(b"\n")[0])
 
@@ -73,11 +97,14 @@ class Process:
         return content
 
     def poll(self) -> int | None:
-        while self.returncode is None and select.select([self._status], [], [], 0)[0]:
-            self._told += self._read()
-            if self._told.count(b"\n") == 2:
+        while self.returncode is None:
+            if self._told.count(b"\n") == 2:  # a short process has ended before it was looked at
                 self.returncode = int(self._told.split(b"\n")[1])
                 os.close(self._status)
+            elif select.select([self._status], [], [], 0)[0]:
+                self._told += self._read()
+            else:
+                break
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
@@ -95,7 +122,8 @@ class Process:
 
     def send_signal(self, signum: int) -> None:
         if self.poll() is None:
-            os.kill(self.pid, signum)
+            with contextlib.suppress(ProcessLookupError):  # it ended just now
+                os.kill(self.pid, signum)
 
     def terminate(self) -> None:
         self.send_signal(signal.SIGTERM)
@@ -110,7 +138,7 @@ def _read_in_background() -> tuple[concurrent.futures.Future[str], int]:
     text: concurrent.futures.Future[str] = concurrent.futures.Future()
 
     def read() -> None:
-        with open(ours) as file:
+        with open(ours, errors="replace") as file:
             text.set_result(file.read())
 
     threading.Thread(target=read, daemon=True).start()
@@ -129,7 +157,6 @@ def _server(variables: tuple[tuple[str, str], ...]) -> socket.socket:
             env={**environment, **dict(variables)},
             pass_fds=[theirs.fileno()],
             stdout=subprocess.PIPE,  # as that of the forks: Python asks what it is when it starts
-            stderr=subprocess.PIPE,
         )
 
     def end() -> None:  # a closed connection ends it

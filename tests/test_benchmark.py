@@ -6,19 +6,19 @@ import os
 import pytest
 
 from tests import fork_server
-from vvt_jax import benchmark, costs, create_model
+from vvt_jax import benchmark
 from vvt_jax.benchmark import Program, Setting
 from vvt_jax.errors import UserError
 
 _SMALL = ["--model=vvt_nano", "--size=32x64", "--batch=2", "--seconds=0.1"]
 
 
-def _run(*flags, devices=1):
+def _run(*flags, devices=1, anew=False):
     environment = {**os.environ}
     environment.pop("XLA_FLAGS", None)
     if devices:
         environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
-    return fork_server.run(["-m", "vvt_jax.benchmark", *flags], environment)
+    return fork_server.run(["-m", "vvt_jax.benchmark", *flags], environment, anew=anew)
 
 
 def test_forward_as_a_table_and_json(tmp_path, capsys):
@@ -38,12 +38,12 @@ def test_forward_as_a_table_and_json(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_train_step_counts_three_forward_passes(capsys, tmp_path):
-    benchmark.main([*_SMALL, "--train", f"--json={tmp_path / 'r'}"])
-    assert "images/s, median" in capsys.readouterr().out
-    (train,) = json.loads((tmp_path / "r").read_text())
-    forward = sum(layer.published for layer in costs.count(create_model("vvt_nano"), 32, 64))
-    assert train["multiply_adds"] == 3 * forward
-    assert train["images_per_second"] > 0
+    benchmark.main([*_SMALL, "--compare", "train=False", "train=True", f"--json={tmp_path / 'r'}"])
+    out = capsys.readouterr().out
+    assert "ratio" in out
+    forward, train = json.loads((tmp_path / "r").read_text())
+    assert train["multiply_adds"] == 3 * forward["multiply_adds"]
+    assert train["images_per_second"] < forward["images_per_second"]
 
 
 @pytest.mark.slow
@@ -94,7 +94,7 @@ def test_a_setting_of_another_kind_is_refused(text):
 
 
 def test_the_command_exits_with_the_sentence():
-    done = _run("--model=vvt_huge")
+    done = _run("--model=vvt_huge", anew=True)
     assert done.returncode == 1
     assert done.stderr.startswith("error: Unknown model 'vvt_huge'")
     assert "Traceback" not in done.stderr

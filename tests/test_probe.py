@@ -72,8 +72,8 @@ def test_without_a_split_to_measure_on_it_says_so(digits_folder, small_config):
         probe.run(str(digits_folder), small_config)
 
 
-def _process(*flags):
-    done = fork_server.run(["-m", "vvt_jax.probe", "--config=configs/digits.py", *flags])
+def _process(*flags, anew=False):
+    done = fork_server.run(["-m", "vvt_jax.probe", "--config=configs/digits.py", *flags], anew=anew)
     assert "Traceback" not in done.stderr
     return done
 
@@ -86,7 +86,7 @@ def test_as_a_process(digits_folder, tmp_path):
     assert done.stdout.count("\n") == 1
     result = json.loads(out.read_text())
     assert f"{result['linear']:.2%}" in done.stdout
-    again = _process(f"--model={digits_folder}", f"--json={out}")
+    again = _process(f"--model={digits_folder}", f"--json={out}", anew=True)
     assert again.returncode == 1
     assert again.stderr.startswith(f"error: --json={out} exists: ")
     assert "--force" in again.stderr

@@ -1,6 +1,7 @@
 """Whole runs as a user starts them: what they leave, and how they go on; see also tests/faults."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -91,7 +92,9 @@ def test_workers_and_cadences_may_change_on_resume(run, tmp_path, straight, read
     process.kill()
     process.communicate()
     changed = ("--config.data.workers=1", "--config.log_every_steps=1", "--config.mesh.data=1")
-    assert run(tmp_path, SHORT, *changed).returncode == 0
+    done = run(tmp_path, SHORT, *changed)
+    assert done.returncode == 0, done.stderr
+    assert 0 < int(re.search(r"Resumed at step (\d+) of", done.stdout)[1]) < STEPS
     jax.tree.map(np.testing.assert_array_equal, saved_state(straight), saved_state(tmp_path))
     steps = [line["step"] for line in read_metrics(tmp_path)]
     assert steps == sorted(set(steps))
@@ -101,11 +104,12 @@ _EIGHT = [f"--config.mesh.{axis}=2" for axis in ("data", "fsdp", "spatial")]
 
 
 def test_eight_devices_equal_one(run, straight, tmp_path, read_metrics):
-    """A whole run; a step's loss and gradients on every kind of mesh are test_parallel's."""
+    """A whole run and its evaluations; a step's loss and gradients are test_parallel's."""
     done = run(tmp_path, SHORT, *_EIGHT, devices=8)
     assert done.returncode == 0, done.stderr
     for one, eight in zip(read_metrics(straight), read_metrics(tmp_path), strict=True):
-        np.testing.assert_allclose(eight["train/loss"], one["train/loss"], rtol=2e-3)
+        for name in {"train/loss", "eval/loss", "test/loss"} & one.keys():
+            np.testing.assert_allclose(eight[name], one[name], rtol=2e-3)
     first = read_metrics(tmp_path)[0]["train/loss"], read_metrics(straight)[0]["train/loss"]
     np.testing.assert_allclose(*first, rtol=1e-5)
 
@@ -117,7 +121,7 @@ def test_resumes_on_another_mesh(run, tmp_path):
     process.communicate()
     done = run(tmp_path, SHORT, *_EIGHT, devices=8)
     assert done.returncode == 0, done.stderr
-    assert "Resumed at step" in done.stdout
+    assert 0 < int(re.search(r"Resumed at step (\d+) of", done.stdout)[1]) < STEPS
 
 
 def test_mode_eval_prints_and_changes_nothing(run, straight, read_metrics):

@@ -61,6 +61,7 @@ def test_trains_as_from_memory(run, tmp_path, without_tensorflow, read_metrics):
         "--config.data.source=tfds:png_digits",
         f"--config.data.data_dir={tmp_path / 'data'}",
         "--config.data.workers=2",
+        anew=True,  # a fork would have imported what is missing here
     )
     assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
     assert run(tmp_path / "memory", short).returncode == 0

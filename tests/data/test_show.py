@@ -74,15 +74,15 @@ def test_tiles_and_captions_are_drawn():
     assert inked[4] > inked[0]  # two shares take more ink than a name
 
 
-def _show(*flags):
-    done = fork_server.run(["-m", "vvt_jax.data.show", *flags])
+def _show(*flags, anew=False):
+    done = fork_server.run(["-m", "vvt_jax.data.show", *flags], anew=anew)
     assert "Traceback" not in done.stderr
     return done
 
 
 def test_the_command_writes_a_picture(tmp_path):
     out = tmp_path / "sheet.png"
-    done = _show("--config=configs/digits.py", f"--out={out}", "--images=10", "--step=2")
+    done = _show("--config=configs/digits.py", f"--out={out}", "--images=10", "--step=2", anew=True)
     assert done.returncode == 0, done.stderr
     assert str(out) in done.stdout
     with PIL.Image.open(out) as image:

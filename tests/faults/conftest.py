@@ -17,16 +17,29 @@ def full(request):
     return request.config.getoption("--full")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if call.when == "call":
+        item.passed = report.passed
+    return report
+
+
 @pytest.fixture
-def results(full):
+def results(full, request):
     """What a test counts, by the name of the fault; the full form keeps it in `RESULTS`, where the
-    counts of tests that were run before stand."""
+    counts of tests that were run before stand. A test that fails takes its older counts back."""
     counted: dict[str, dict] = {}
     yield counted
-    if full and counted:
-        kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text(json.dumps(kept | counted, indent=2, sort_keys=True) + "\n")
+    if not full:
+        return
+    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    tests, name = kept.setdefault("tests", {}), request.node.name
+    for fault in tests.pop(name, {}).get("faults", ()):
+        kept.pop(fault, None)
+    tests[name] = {"passed": getattr(request.node, "passed", False), "faults": sorted(counted)}
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    RESULTS.write_text(json.dumps(kept | counted, indent=2, sort_keys=True) + "\n")
 
 
 @pytest.fixture(scope="session")

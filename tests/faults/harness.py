@@ -6,7 +6,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,17 +34,7 @@ class Faulty:
         command = ["-m", "vvt_jax.main", "--config=tests/faults/tiny.py", f"--workdir={workdir}"]
         command += [f"--config.data.data_dir={self.images}", f"--config.total_steps={self.steps}"]
         command += [f"--config.compilation_cache={self.cache}", *flags]
-        environment = {**os.environ, "XLA_FLAGS": ""}
-        if not anew:
-            return fork_server.start(command, environment)
-        return subprocess.Popen(
-            [sys.executable, *command],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        return fork_server.start(command, {**os.environ, "XLA_FLAGS": ""}, anew=anew)
 
     def finish(self, process: Process | subprocess.Popen) -> subprocess.CompletedProcess:
         try:
@@ -107,7 +96,10 @@ def wait_for_handler(process: Process, signum: int) -> None:
     """Until the process no longer dies of the signal."""
 
     def caught() -> bool:
-        status = Path(f"/proc/{process.pid}/status").read_text()
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+        except FileNotFoundError:  # it has ended
+            return False
         mask = int(status.split("SigCgt:")[1].split()[0], 16)
         return bool(mask >> (signum - 1) & 1)
 
