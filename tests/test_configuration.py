@@ -86,7 +86,8 @@ def test_the_configs_pass():
         ("optimizer.warmup_epochs", float("inf"), "it has to be a finite number"),
         ("augment.repeats", 0, "it has to be positive"),
         ("augment.mix_groups", 3, "it has to divide batch_size=64"),
-        ("augment.shift", 2**31, "it can be at most 65,536"),
+        ("augment.shift", 2**31, "it can be at most 4,096"),
+        ("optimizer.eps", 1e-50, "float32 takes it for 0"),
         ("batch_size", 2**31, "it can be at most 1,048,576"),
         ("data.size", (2**40, 2**40), "1099511627776 does not fit: it can be at most 65,536"),
         ("data.size", (32,), "it is a tuple of 2 sides in pixels, such as (224, 224)"),
@@ -104,6 +105,33 @@ def test_every_field_has_a_rule_that_its_default_keeps():
     assert all(rule_of(field) is not None for field in fields)
     assert set(RULES) <= set(fields)
     assert problem_of(fields) is None
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    config = _config(data__mean=tuple(np.full(3, 0.5, np.float32)), data__size=(np.int64(32),) * 2)
+    check_values(config)
+    settle(config, tmp_path)
+    settle(config, tmp_path)
+
+
+def test_a_config_without_a_field_and_one_that_json_can_not_hold_are_refused():
+    config = _config()
+    with config.unlocked():
+        del config.optimizer.eps
+    with pytest.raises(ConfigError, match=r"lacks config\.optimizer\.eps"):
+        check_values(config)
+    config = _config()
+    with config.unlocked():
+        config.tags = {"a"}
+    with pytest.raises(ConfigError, match=r"config\.tags is a set"):
+        check_values(config)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"model": 3}', '{"format_version": 1, "card": {}}'])
+def test_a_config_of_something_else_is_refused(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match="not the config of a run"):
+        configuration.read(tmp_path)
 
 
 def test_no_rule_fails_on_a_value_of_another_kind():

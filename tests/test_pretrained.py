@@ -204,21 +204,35 @@ def test_bfloat16_comes_back_as_the_same_values(tmp_path):
 
 
 def test_numbers_of_numpy_in_a_card_are_json(tmp_path):
-    save_pretrained(tmp_path, _model(), _variables(_model()), {"score": np.float32(0.5)})
-    assert load_pretrained(tmp_path)[2] == {"score": 0.5}
+    record = {**_CARD["preprocessing"], "size": [np.int64(32)] * 2, "mean": np.full(3, 0.5)}
+    card = {"score": np.float32(0.5), "preprocessing": record}
+    save_pretrained(tmp_path, _model(), _variables(_model()), card)
+    loaded = load_pretrained(tmp_path)[2]
+    assert loaded["score"] == 0.5
+    assert loaded["preprocessing"]["size"] == [32, 32]
+    assert loaded["preprocessing"]["mean"] == [0.5] * 3
 
 
-@pytest.mark.parametrize("bad", ["a card", "a weight"])
+@pytest.mark.parametrize("bad", ["a card", "nan", "inf", "1e300", "int8", "a head", "a lack"])
 def test_what_can_not_be_written_leaves_the_folder_as_it_was(tmp_path, bad):
     model = _model()
     variables = _variables(model)
     save_pretrained(tmp_path, model, variables, {})
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     card, wrong = {}, jax.tree.map(np.copy, _variables(model, 1))
+    head = wrong["params"]["head"]
     if bad == "a card":
         card = {"note": object()}
+    elif bad == "nan":
+        card = {"note": float("nan")}
+    elif bad == "a head":
+        head["bias"] = np.zeros(7, np.float32)
+    elif bad == "a lack":
+        del wrong["params"]["head"]
+    elif bad == "int8":
+        head["bias"] = np.zeros(3, np.int8)
     else:
-        wrong["params"]["head"]["bias"][0] = np.inf
+        head["bias"] = np.full(3, float(bad))
     with pytest.raises(WeightsError):
         save_pretrained(tmp_path, model, wrong, card)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before

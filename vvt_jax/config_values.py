@@ -9,12 +9,14 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import numpy as np
+
 Rule = Callable[[Any], str]
 
 _MOST_STEPS = 2**31 - 1  # the state counts steps in int32
 _MOST_IMAGES = 2**20  # in a batch
 _MOST_PIXELS = 2**16  # on a side
-_LARGEST = 3e38  # that float32 holds
+_SMALLEST, _LARGEST = 1.2e-38, 3e38  # that float32 holds
 
 
 def _whole(low: int, high: int) -> Rule:
@@ -45,6 +47,8 @@ def _real(low: float, high: float = _LARGEST, *, above: bool = False, below: boo
             return "it has to be a finite number"
         if abs(value) > _LARGEST:
             return "float32 does not reach so far"
+        if 0 < abs(value) < _SMALLEST:
+            return "float32 takes it for 0"
         if high == _LARGEST:
             wrong = "it has to be positive" if above and value <= 0 else _below(value, low)
             return wrong
@@ -187,7 +191,7 @@ RULES: dict[str, Rule] = {
     "augment.crop": _text,
     "augment.min_scale": _SHARE,
     "augment.flip": _flag,
-    "augment.shift": _whole(0, _MOST_PIXELS),
+    "augment.shift": _whole(0, 4096),
     "augment.randaugment": _text,
     "augment.color_jitter": _NOT_NEGATIVE,
     "augment.scale": _each(_POSITIVE, "positive numbers", 2, "(0.5, 2.0)"),
@@ -231,6 +235,15 @@ def rule_of(field: str) -> Rule | None:
     return _by_the_model if field.startswith("model.") else RULES.get(field)
 
 
+def _unwrap(value: Any) -> Any:
+    """A value without NumPy's types, which configs take from computations."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, tuple | list):
+        return tuple(_unwrap(element) for element in value)
+    return value
+
+
 def problem_of(fields: Mapping[str, Any], ignored: Collection[str] = ()) -> tuple[str, str] | None:
     """The first field whose value can't be meant, and what is wrong with it.
 
@@ -240,6 +253,6 @@ def problem_of(fields: Mapping[str, Any], ignored: Collection[str] = ()) -> tupl
     """
     for field, value in fields.items():
         rule = rule_of(field)
-        if rule is not None and field not in ignored and (wrong := rule(value)):
+        if rule is not None and field not in ignored and (wrong := rule(_unwrap(value))):
             return field, wrong
     return None

@@ -6,8 +6,9 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
+import numpy as np
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
@@ -71,7 +72,18 @@ def check_values(config: ConfigDict) -> None:
     Raises:
         ConfigError: a value that can't be meant; the field is named.
     """
-    fields = _keep_first_units(_flatten(config.to_dict()))  # other units of a duration don't count
+    fields = _flatten(config.to_dict())
+    if missing := sorted(set(config_values.RULES) - set(fields)):
+        raise ConfigError(f"The config lacks config.{missing[0]}: start from configs/common.py.")
+    for field, value in fields.items():
+        try:
+            json.dumps(value, default=_plain)
+        except (TypeError, ValueError, RecursionError) as error:
+            kind = type(value).__name__
+            raise ConfigError(
+                f"config.{field} is a {kind}, which no JSON file can hold."
+            ) from error
+    fields = _keep_first_units(fields)  # other units of a duration don't count
 
     def refuse(field: str, why: str):
         raise ConfigError(f"config.{field}={fields[field]!r} can't be run: {why}.")
@@ -133,6 +145,8 @@ def read(workdir: AnyPath) -> dict[str, Any] | None:
         before = json.loads(storage.read_text(path, storage.SizeLimit.CONFIG))
         if not isinstance(before, dict):
             raise ValueError("not a JSON object")
+        if not all(isinstance(before.get(part), dict) for part in ("model", "data", "optimizer")):
+            raise ValueError("not the config of a run")
     except OSError as error:
         raise ConfigError(f"{path} can't be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
@@ -252,31 +266,54 @@ def _replace_units(config: ConfigDict, flagged: Collection[str]) -> None:
 def parse_flags(argv: list[str], config_flag: flags.FlagHolder) -> list[str]:
     """Parses a command's flags for `absl.app.run`; what is wrong with the config ends the program
     with one sentence. Returns the arguments that are no flags."""
+
+    def stop(reason: str) -> NoReturn:
+        sys.exit(f"error: {UserError(reason)}")  # which is one line that can be printed
+
     try:
         rest = flags.FLAGS(argv)
         if flags.FLAGS["verbosity"].using_default_value:
             flags.FLAGS.verbosity = logging.WARNING  # type: ignore[assignment]
-        if not isinstance(config_flag.value, ConfigDict):  # read when it is used
+        getattr(config_flag.value, "mode", None)  # an unreadable file complains when it is used
+        if not isinstance(config_flag.value, ConfigDict):
             kind = type(config_flag.value).__name__
             raise ConfigError(f"The config file's get_config() returns a {kind}, not a ConfigDict.")
         _replace_units(config_flag.value, flagged_fields(config_flag))
         return rest
     except ConfigError as error:
-        sys.exit(f"error: {error}")
+        stop(str(error))
     except flags.Error as error:
-        lines = str(error).strip().splitlines()
-        # The traceback of a config's own get_config ends with what that says
-        told = lines[-1].partition("Error: ")[2] if "Traceback" in str(error) else lines[0]
-        sys.exit(f"error: {told}")
+        stop(_flag_error(str(error)))
     except AttributeError as error:
-        if "get_config" in str(error):
-            sys.exit("error: The config file can't be read: it has no function get_config().")
-        sys.exit(f"error: {unknown_field(error, argv)}")
+        if re.search(r"has no attribute '?get_config'?$", str(error)):
+            stop("The config file can't be read: it has no function get_config().")
+        frames = traceback.extract_tb(error.__traceback__)
+        if frames and "ml_collections" in frames[-1].filename:
+            stop(unknown_field(error, argv))
+        stop(f"The config file can't be read: {_described(error)}.")
     except OSError as error:
-        reason = str(error).strip().splitlines()[-1].strip()  # the paths that were tried go before
-        sys.exit(f"error: The config file can't be read: {reason}.")
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        stop(
+            f"The config file can't be read: {lines[-1].strip()}."
+        )  # paths that were tried go before
+    except SystemExit as error:
+        if argv[1:] and any(arg.lstrip("-").startswith("help") for arg in argv[1:]):
+            raise
+        stop(f"The config file ends the program, with status {error.code}.")
     except Exception as error:  # whatever the config's own code raises
-        sys.exit(f"error: The config file can't be read: {_described(error)}.")
+        stop(f"The config file can't be read: {_described(error)}.")
+
+
+def _flag_error(text: str) -> str:
+    """What absl says of a flag, in a line. A config's own error comes with its traceback, which may
+    go on with further lines of the error."""
+    if "--config must have a value other than None" in text and "--config=None" in text:
+        return "There is no config: give --config=FILE, whose get_config() returns a ConfigDict."
+    lines = [line for line in text.strip().splitlines() if line.strip()] or ["a flag is wrong"]
+    if "Traceback" not in text:
+        return lines[0]
+    raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return raised[-1].partition(": ")[2] or raised[-1] if raised else lines[-1]
 
 
 def _described(error: Exception) -> str:
@@ -357,4 +394,11 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _as_json(config: ConfigDict) -> dict[str, Any]:
-    return json.loads(json.dumps(config.to_dict()))
+    return json.loads(json.dumps(config.to_dict(), default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's scalars as JSON has them."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} is not a JSON value")

@@ -12,6 +12,7 @@ from ml_collections import config_flags
 
 from vvt_jax.configuration import ConfigError, flagged_fields, parse_flags
 from vvt_jax.errors import UnwrittenError, UserError
+from vvt_jax.output import outlive_readers
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file with get_config(); configs/common.py lists the fields."
@@ -23,10 +24,9 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(argv: list[str]) -> None:
-    from vvt_jax import output, parallel  # after --help and flag errors
+    from vvt_jax import parallel  # after --help and flag errors
     from vvt_jax.train import Interrupted, train_and_evaluate
 
-    output.outlive_readers()
     parallel.give_simulated_devices_time()
     try:
         if argv[1:]:
@@ -46,4 +46,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     app.run(main, flags_parser=functools.partial(parse_flags, config_flag=_CONFIG))

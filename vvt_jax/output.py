@@ -2,14 +2,16 @@
 
 import os
 import sys
+from collections.abc import Iterable
 from typing import Any, TextIO
 
 
 def outlive_readers() -> None:
-    """Lets the program go on when a reader of its output goes away, as `| head -1` does.
+    """Lets the program go on when its output can no longer be written.
 
-    From then on what is written goes nowhere. Without this, Python raises BrokenPipeError in
-    whatever happens to print next.
+    The reader of a pipe may have left, as `| head -1` does, a terminal may be closed, the disk of a
+    log may be full. From then on what is written goes nowhere. Without this, Python raises an error
+    in whatever happens to print next.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -19,7 +21,7 @@ def outlive_readers() -> None:
 
 
 class _Outliving:
-    """A text stream whose descriptor is turned to the null device once nobody reads it."""
+    """A text stream whose descriptor is turned to the null device once it can't be written to."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -27,14 +29,18 @@ class _Outliving:
     def write(self, text: str) -> int:
         try:
             return self._stream.write(text)
-        except BrokenPipeError:
+        except OSError:
             self._discard()
             return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
-        except BrokenPipeError:
+        except OSError:
             self._discard()
 
     def __getattr__(self, name: str) -> Any:

@@ -53,23 +53,29 @@ def save_pretrained(
     Raises:
         WeightsError: a card that does not fit the model or JSON, or weights that are not finite.
     """
-    _check_card(card, model)
+    try:
+        if isinstance(card, Mapping):
+            card = json.loads(json.dumps(dict(card), default=_as_json))
+        _check_card(card, model)
+        json.dumps(card, allow_nan=False)
+    except WeightsError:
+        raise
+    except (TypeError, ValueError, RecursionError) as error:
+        raise WeightsError(f"The card can't be written as JSON: {error}.") from error
     place = storage.locate(folder)
     flat = flatten_dict(dict(variables), sep="/")
-    arrays = {name: _storable(value) for name, value in flat.items()}
+    arrays = {name: _storable(name, value) for name, value in flat.items()}
+    check_arrays(arrays, variable_shapes(model))
     check_finite(arrays)
     weights = save_safetensors(arrays)
     config = {
         "format_version": FORMAT_VERSION,
         "class": f"vvt_jax.models.{type(model).__name__}",
         "fields": model_fields(model),
-        "card": dict(card),
+        "card": card,
         "sha256": hashlib.sha256(weights).hexdigest(),
     }
-    try:
-        described = (json.dumps(config, indent=2, default=_as_json) + "\n").encode()
-    except (TypeError, ValueError) as error:
-        raise WeightsError(f"The card can't be written as JSON: {error}.") from error
+    described = (json.dumps(config, indent=2) + "\n").encode()
     parameters = sum(np.size(a) for name, a in arrays.items() if name.startswith("params/"))
     text = model_card.model_card(model, card, parameters).encode()
 
@@ -80,11 +86,16 @@ def save_pretrained(
     storage.replace(place / model_card.FILE, text)
 
 
-def _storable(value: Any) -> np.ndarray:
+def _storable(name: str, value: Any) -> np.ndarray:
     """An array that safetensors stores as it reads: it writes the memory and not the elements, so
     that a transposed view would be stored wrongly without a word."""
     array = np.ascontiguousarray(value)
-    return array.astype(np.float32) if array.dtype == jnp.bfloat16 else array
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise WeightsError(f"{name} is in {array.dtype}, not a float, and can't be saved.")
+    if array.dtype in (np.float16, np.float32):
+        return array
+    with np.errstate(over="ignore"):  # it is refused by name
+        return array.astype(np.float32)
 
 
 def _as_json(value: Any) -> Any:
@@ -140,7 +151,13 @@ def load_pretrained(
         shapes = variable_shapes(model)
     except (OverflowError, TypeError, ValueError) as error:  # widths beyond all measure
         raise WeightsError(f"{folder / _CONFIG} describes no model: {error}.") from error
-    weights = _read_weights(folder, shapes, config["sha256"])
+    try:
+        weights = _read_weights(folder, shapes, config["sha256"])
+    except WeightsError:
+        again = _read_config(folder)
+        if again["sha256"] == config["sha256"]:
+            raise
+        return load_pretrained(path, **fields)  # it was replaced in the meantime
     try:
         arrays = load_safetensors(weights)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -77,7 +76,7 @@ def train_and_evaluate(
     configuration.check_values(config)
     hosts.join(config.distributed, preemptible=config.mode == "train")
     if config.compilation_cache:
-        cache = Path(config.compilation_cache).expanduser()
+        cache = storage.locate(config.compilation_cache)
         jax.config.update("jax_compilation_cache_dir", str(cache))
     may_write = config.mode == "train" or workdir.exists()
     made = Provenance(config, workdir, flagged)
