@@ -815,7 +815,7 @@ FAULTS = (
         old="first = np.searchsorted(rows, examples.start)",
         new="first = examples.start",
         kind="wrong index",
-        test="tests/test_parallel.py",
+        test="tests/test_hosts.py",
         effect="Hosts after the first one look for their examples beyond what they hold.",
     ),
     Fault(
