@@ -117,11 +117,14 @@ def test_a_run_starts_from_another_one(finished, small_config, tmp_path, read_me
     workdir, metrics = finished
     small_config.init_from = str(workdir)
     small_config.total_steps = 2
+    small_config.log_every_steps = small_config.eval_every_steps = 1
+    small_config.checkpoint_every_steps = small_config.keep_checkpoints = 1
     small_config.optimizer.freeze = ("stage",)
     small_config.optimizer.learning_rate = 1e-9
     train_and_evaluate(small_config, tmp_path)
-    first = read_metrics(tmp_path)[0]
-    assert first["eval/top1"] == metrics["eval/top1"]
+    first, second = read_metrics(tmp_path)
+    assert first["eval/top1"] == second["eval/top1"] == metrics["eval/top1"]
+    assert _checkpoints(tmp_path) == [1, 2]  # of equals the first is the best
     assert first["eval/loss"] == pytest.approx(metrics["eval/loss"], rel=1e-4)
     assert (
         0
