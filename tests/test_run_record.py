@@ -120,7 +120,7 @@ def test_a_run_writes_down_what_it_was_made_from(trained):
 def test_names_of_any_bytes_come_back(tmp_path):
     names = ["a\nb", "c\\n", "\\", "é", "x\udcff", "r\r", ""]
     source = Source([None] * len(names), ("a",), "folder", "train", names=names)
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model": {}, "data": {}, "optimizer": {}}')
     run_record.write(tmp_path, ["a"], _PREPROCESSING, {"train": source})
     assert list(run_record.read(tmp_path).parts["train"].names) == names
 
@@ -408,7 +408,7 @@ def test_what_an_older_run_was_trained_on_is_not_measured(copied, place):
 
 
 def test_another_number_of_examples_without_names_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model": {}, "data": {}, "optimizer": {}}')
     source = open_source("digits", "train")
     run_record.write(tmp_path, source.class_names, _PREPROCESSING, {"train": source})
     record = run_record.read(tmp_path)

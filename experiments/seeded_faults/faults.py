@@ -369,8 +369,8 @@ FAULTS = (
     Fault(
         id="padding-is-evaluated",
         file="vvt_jax/data/loader.py",
-        old='"mask": np.False_}',
-        new='"mask": np.True_}',
+        old='"mask": np.False_, "broken"',
+        new='"mask": np.True_, "broken"',
         kind="mask ignored",
         test="tests/data/test_loader.py",
         effect="Evaluation counts the black images that fill up the last batch.",

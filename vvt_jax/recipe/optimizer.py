@@ -83,7 +83,7 @@ def _by_epoch(
     def in_epochs(steps: int) -> float:  # both were rounded to steps
         epochs = steps / epoch_steps
         whole = round(epochs)
-        return whole if whole and abs(epochs - whole) * epoch_steps <= 0.5 else epochs
+        return whole if whole and abs(epochs - whole) * epoch_steps <= 0.51 else epochs
 
     epochs, warmup = in_epochs(total_steps), in_epochs(warmup_steps)
     t = np.maximum(np.arange(max(1, math.ceil(epochs))) - 1.0, 0.0)
