@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
 import vvt_jax
-from vvt_jax import convert, storage
+from vvt_jax import convert, pretrained, storage
 from vvt_jax.pretrained import load_pretrained, save_pretrained
 from vvt_jax.weights import WeightsError, check_arrays, variable_shapes
 
@@ -238,43 +239,43 @@ def test_what_can_not_be_written_leaves_the_folder_as_it_was(tmp_path, bad):
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_save_that_is_stopped_anywhere_leaves_the_old_model_or_the_new_one(tmp_path, monkeypatch):
-    """Also a second one, after the first was stopped."""
-    model = _model()
-    models = [_variables(model, seed) for seed in range(3)]
+def test_a_save_that_is_stopped_anywhere_leaves_the_old_model_or_the_new_one(tmp_path):
+    """Also a second one, after the first was stopped; the first model is far larger than others."""
+    models = [_model(embed_dims=(64,) * 4), _model(), _model()]
+    variables = [_variables(model, seed) for seed, model in enumerate(models)]
 
     class StoppedError(Exception):
         pass
 
-    def stop_after(count, write):
-        def stopping(*arguments):
-            nonlocal count
-            if not count:
-                raise StoppedError
-            count -= 1
-            write(*arguments)
+    def save(seed, left):
+        def stopping(write):
+            def stop_or_write(*arguments):
+                nonlocal left
+                if not left:
+                    raise StoppedError
+                left -= 1
+                write(*arguments)
 
-        return stopping
+            return stop_or_write
 
-    def save(seed, writes):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(storage, "replace", stop_after(writes, storage.replace))
+            patch.setattr(storage, "replace", stopping(storage.replace))
+            patch.setattr(pretrained, "_rename_weights", stopping(pretrained._rename_weights))
             with contextlib.suppress(StoppedError):
-                save_pretrained(folder, model, models[seed], {"seed": seed})
+                save_pretrained(folder, models[seed], variables[seed], {"seed": seed})
 
-    for first in range(5):
-        for second in range(5):
-            folder = tmp_path / f"{first}{second}"
-            save_pretrained(folder, model, models[0], {"seed": 0})
-            allowed = {0}
-            for seed, writes in ((1, first), (2, second)):
-                save(seed, writes)
-                _, loaded, card = load_pretrained(folder)
-                allowed.add(seed)
-                assert card["seed"] in allowed
-                chex.assert_trees_all_equal(loaded, models[card["seed"]])
-                allowed = {card["seed"]}
-    assert card["seed"] == 2  # nothing stopped the last one
+    for first, second in itertools.product(range(6), range(6)):
+        folder = tmp_path / f"{first}{second}"
+        save_pretrained(folder, models[0], variables[0], {"seed": 0})
+        held = 0
+        for seed, writes in ((1, first), (2, second)):
+            save(seed, writes)
+            model, loaded, card = load_pretrained(folder)
+            assert card["seed"] in (held, seed)
+            held = card["seed"]
+            assert model == models[held]
+            chex.assert_trees_all_equal(loaded, variables[held])
+    assert held == 2  # nothing stopped the last one
 
 
 def test_fields_override_the_models_own(folder):

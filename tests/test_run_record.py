@@ -368,9 +368,12 @@ def test_a_broken_image_to_measure_on_loses_nothing(tmp_path, compilation_cache,
     with pytest.raises(DataError, match=rf"1 of the 6 images of the validation .*{name}"):
         train_and_evaluate(config, workdir)
     assert (workdir / "checkpoints" / "2").is_dir()
-    config.data.broken_limit, config.mode = 1, "eval"
-    metrics = train_and_evaluate(config, workdir)
+    assert not (workdir / "model").exists()
+    config.data.broken_limit = 1
+    metrics = train_and_evaluate(config, workdir)  # at its last step, which was not measured
     assert (metrics["eval/examples"], metrics["eval/broken"]) == (5, 1)
+    assert (workdir / "model" / "model.safetensors").exists()
+    assert train_and_evaluate(config, workdir) == metrics
     told = capsys.readouterr().out
     assert "Left a broken image of the validation split out." in told
     assert name in told

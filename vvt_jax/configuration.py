@@ -297,7 +297,7 @@ def parse_flags(argv: list[str], config_flag: flags.FlagHolder) -> list[str]:
             f"The config file can't be read: {lines[-1].strip()}."
         )  # paths that were tried go before
     except SystemExit as error:
-        if argv[1:] and any(arg.lstrip("-").startswith("help") for arg in argv[1:]):
+        if argv[1:] and any(re.match(r"--?(help|\?)", arg) for arg in argv[1:]):
             raise
         stop(f"The config file ends the program, with status {error.code}.")
     except Exception as error:  # whatever the config's own code raises

@@ -112,8 +112,13 @@ def _rename_weights(place: AnyPath) -> None:
         weights = storage.read_bytes(place / _NEXT_WEIGHTS, SizeLimit.WEIGHTS)
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return  # there are none
-    if hashlib.sha256(weights).hexdigest() == described:
-        storage.replace(place / _WEIGHTS, weights)
+    if hashlib.sha256(weights).hexdigest() != described:
+        return
+    if not storage.is_remote(place):
+        (place / _NEXT_WEIGHTS).replace(place / _WEIGHTS)
+        return
+    storage.replace(place / _WEIGHTS, weights)
+    with contextlib.suppress(OSError):  # it may stay: the next call replaces it
         (place / _NEXT_WEIGHTS).unlink()
 
 
@@ -142,7 +147,7 @@ def load_pretrained(
     else:
         folder = storage.locate(path)
         if os.path.isfile(folder) or folder.suffix in (".pth", ".pt"):
-            return convert.read_published(path, name, **fields)
+            return convert.read_published(folder, name, **fields)
     if name is not None:
         raise WeightsError(f"{folder} says itself which model it holds: leave name={name!r} out.")
     config = _read_config(folder)
@@ -193,9 +198,12 @@ def _read_weights(folder: AnyPath, shapes: Mapping[str, tuple[int, ...]], sha256
     except OSError as error:
         problem = WeightsError(f"{folder} has no readable {_WEIGHTS}: {error.strerror}.")
         problem.__cause__ = error
-    with contextlib.suppress(OSError, WeightsError):  # replacing the folder was interrupted
-        if (weights := read(_NEXT_WEIGHTS)) is not None:
-            return weights
+    except WeightsError as error:  # they are larger than the model
+        problem = error
+    for name in (_NEXT_WEIGHTS, _WEIGHTS):  # replacing the folder was interrupted, or goes on now
+        with contextlib.suppress(OSError, WeightsError):
+            if (weights := read(name)) is not None:
+                return weights
     raise problem
 
 

@@ -89,7 +89,8 @@ def pooled_features(predictor: Any, source: Any, data: ConfigDict) -> tuple[np.n
         source: a `Source`.
         data: `config.data`, for its workers and threads.
     """
-    from vvt_jax.data.loader import eval_batches
+    from vvt_jax.data.loader import eval_batches, why_broken, without_flags
+    from vvt_jax.data.sources import DataError
     from vvt_jax.predictor import pooled_of
 
     batches = eval_batches(
@@ -100,11 +101,14 @@ def pooled_features(predictor: Any, source: Any, data: ConfigDict) -> tuple[np.n
         threads=data.threads,
     )
     features, labels = [], []
-    with contextlib.closing(batches):
+    broken: list[int] = []
+    with contextlib.closing(without_flags(batches, broken)) as batches:
         for batch in batches:
             kept = batch["mask"]
             features.append(predictor.run(pooled_of, batch["image"])[kept])
             labels.append(batch["label"][kept])
+    if broken:
+        raise DataError(why_broken(source, broken[0]))
     return np.concatenate(features), np.concatenate(labels)
 
 

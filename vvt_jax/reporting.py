@@ -100,6 +100,12 @@ class Reporter:
         metrics = [line for line in lines if line is not None]  # another process may be writing
         return {k: v for k, v in metrics[-1].items() if k != "step"} if metrics else {}
 
+    def has(self, step: int, name: str) -> bool:
+        """Whether a measurement of that step was written."""
+        self.flush()
+        lines = map(_parse, _read_lines(self._path) if self._path.exists() else [])
+        return any(line and line["step"] == step and name in line for line in lines)
+
     def say(self, text: str) -> None:
         """Prints a line without tearing the progress bar."""
         self._bar.write(text)

@@ -178,7 +178,7 @@ class Segmentation:
         self._record, self.card = _describe_data(config.data, source)
         with naming("config.augment"):
             segmentation.check_augment(config.augment)
-        if config.optimizer.accumulate > 1:
+        if config.mode == "train" and config.optimizer.accumulate > 1:
             raise ConfigError(
                 f"config.optimizer.accumulate={config.optimizer.accumulate} can't be run: a "
                 "segmenter has batch normalisation, which needs the whole batch at once."
@@ -234,7 +234,9 @@ class Segmentation:
 
         def measure(variables: Any, source: Source) -> Measured:
             loss, images, picture = 0.0, 0, None
-            broken: list[int] = []  # the same in all processes, which read all images
+            # Several processes read all images in step, and each may have files of its own: there
+            # a broken image ends the run
+            broken: list[int] | None = [] if jax.process_count() == 1 else None
             # Of 64 bits: a set has more pixels than 2³¹
             confusion = np.zeros((self.model.num_classes,) * 2, np.int64)
             dispatched = parallel.Dispatched()
@@ -274,7 +276,7 @@ class Segmentation:
                 add(dispatched.finish())
             metrics = segment.segmentation_metrics(loss, confusion)
             metrics["examples"] = images
-            return Measured(metrics, confusion, picture, broken=tuple(sorted(broken)))
+            return Measured(metrics, confusion, picture, broken=tuple(sorted(broken or ())))
 
         return measure
 

@@ -129,6 +129,38 @@ def train_and_evaluate(
 
         latest = reporter.last_line()
         metrics: dict[str, float]
+
+        def measure(metrics: dict[str, float], *, validate: bool, save: bool) -> None:
+            """Evaluates the state where that is due, reports, and saves what is to be kept."""
+            nonlocal best, latest
+            show = functools.partial(reporter.show, step)
+            measuring = functools.partial(run.evaluate, state, show=show, say=reporter.say)
+            problem = None  # which all processes find alike
+            score = None
+            try:
+                if validate:
+                    metrics |= measuring("validation", "eval")
+                    score = run.score(metrics)
+                if step == run.total_steps:
+                    metrics |= measuring("test", "test")
+            except BrokenSplitError as error:
+                problem = error
+            else:
+                reporter.write(step, metrics)
+                latest = metrics
+            if score is not None and score > best.score:
+                best, save = Best(step=step, score=score), True
+                run.save_model(workdir / "model", state)
+            elif step == run.total_steps and not best.step and problem is None:
+                run.save_model(workdir / "model", state)  # there was no validation
+            if save or problem is not None:  # nothing that was learnt is lost for the data
+                reporter.flush()
+                checkpoints.save(step, state, best)
+            if problem is not None:
+                raise problem
+
+        if step and run.owes_measurements(step, reporter):
+            measure({}, validate=run.due(step)[1], save=False)
         unread: _Unread | None = None  # of the step before, not waited for yet
         dispatched = parallel.Dispatched()
         stopwatch = Stopwatch()
@@ -149,11 +181,11 @@ def train_and_evaluate(
                 broken.tell(np.asarray(unread.broken))
                 unread = None
 
-            log, measure, save = run.due(step)
+            log, validate, save = run.due(step)
             if log:
                 unread = _Unread(state.totals, hosts.gather(broken.take()))
                 state = dataclasses.replace(state, totals=run.no_totals())
-            if not (measure or save):
+            if not (validate or save):
                 continue
             metrics = {}
             if unread is not None:
@@ -161,30 +193,8 @@ def train_and_evaluate(
                 broken.tell(np.asarray(unread.broken))
                 unread = None
             run.check_finite(state)
-            show = functools.partial(reporter.show, step)
             with stopwatch.paused():
-                score = None
-                measuring = functools.partial(run.evaluate, state, show=show, say=reporter.say)
-                try:
-                    if measure:
-                        metrics |= measuring("validation", "eval")
-                        score = run.score(metrics)
-                    if step == run.total_steps:
-                        metrics |= measuring("test", "test")
-                except UserError:  # of the data: what was learnt is not lost for that
-                    reporter.flush()
-                    checkpoints.save(step, state, best)
-                    raise
-                reporter.write(step, metrics)
-                latest = metrics
-                if score is not None and score > best.score:
-                    best, save = Best(step=step, score=score), True
-                    run.save_model(workdir / "model", state)
-                elif step == run.total_steps and not best.step:  # there was no validation
-                    run.save_model(workdir / "model", state)
-                if save:
-                    reporter.flush()
-                    checkpoints.save(step, state, best)
+                measure(metrics, validate=validate, save=save)
 
         if interruption.signum:
             if unread is not None:
@@ -224,6 +234,10 @@ def see_batch(
     run = _Run(made.config, sources)
     images, targets = run.see_batch(step)
     return images, targets, run.preprocessing, sources["train"].class_names
+
+
+class BrokenSplitError(DataError):
+    """More broken images in a split than the config allows. All processes of a run raise it."""
 
 
 class _Unread(NamedTuple):
@@ -267,7 +281,7 @@ class _Run:
                 default_steps=default_steps,
             )
             if steps >= 2**31:  # the state counts them in 32 bits
-                raise ConfigError(f"config.{name} comes to {steps:,} steps, which is too many.")
+                raise ConfigError(f"config.{name}_* comes to {steps:,} steps, which is too many.")
             return max(1, steps)
 
         self.total_steps: int = in_steps("total")
@@ -555,7 +569,7 @@ class _Run:
             measured = self._measure(variables, self._sources[part])
             metrics |= {f"{name}/{key}": value for key, value in measured.metrics.items()}
             metrics[f"{name}/broken"] = len(measured.broken)
-            self._report_broken(part, measured.broken, say)
+            self._report_broken(f"the {part} split", self._sources[part], measured.broken, say)
             if not hosts.is_first():
                 continue
             if measured.confusion is not None and folder is not None:
@@ -564,21 +578,30 @@ class _Run:
                 show(name, measured.picture)
         return metrics
 
-    def _report_broken(self, part: str, broken: Sequence[int], say: Callable[[str], None]) -> None:
+    def _report_broken(
+        self, name: str, source: Source, broken: Sequence[int], say: Callable[[str], None]
+    ) -> None:
         """Names the broken images of an evaluation, each once a run."""
-        source, limit = self._sources[part], self._config.data.broken_limit
-        count, examples = len(broken), len(source.examples)
-        if count > limit or count == examples:
-            allowed = f"config.data.broken_limit={limit} allows at most that many"
-            reason = "there is nothing to measure" if count == examples else allowed
-            raise DataError(
-                f"{count} of the {examples} images of the {part} split are broken: {reason}. The "
-                f"first one: {why_broken(source, broken[0])}"
-            )
+        limit, count, examples = self._config.data.broken_limit, len(broken), len(source.examples)
+        if count > limit or (count and count == examples):
+            many = f"{count} of the {examples} images of {name} are broken"
+            if count > limit:
+                many += f", more than config.data.broken_limit={limit} allows"
+            raise BrokenSplitError(f"{many}. The first one: {why_broken(source, broken[0])}")
         for index in broken:
-            if (part, index) not in self._told_broken:
-                self._told_broken.add((part, index))
-                say(f"Left a broken image of the {part} split out. {why_broken(source, index)}")
+            if (name, index) not in self._told_broken:
+                self._told_broken.add((name, index))
+                say(f"Left a broken image of {name} out. {why_broken(source, index)}")
+
+    def owes_measurements(self, step: int, reporter: Reporter) -> bool:
+        """Whether a run that goes on at a step had no chance to measure there, since its data was
+        broken. The first process decides for all."""
+        _, validate, _ = self.due(step)
+        wanted = ["eval/loss"] if validate and "validation" in self._sources else []
+        if step == self.total_steps and "test" in self._sources:
+            wanted.append("test/loss")
+        owed = hosts.is_first() and any(not reporter.has(step, name) for name in wanted)
+        return bool(hosts.union([1] if owed else []))
 
     def score(self, metrics: Mapping[str, float]) -> float | None:
         """What says whether weights are better than others, None where it was not measured."""
@@ -607,7 +630,9 @@ class _Run:
             measured: dict[str, Mapping[str, float]] = {}
             for each in sets:
                 whole = {"crop_fraction": 1.0} if each.cropped else {}
-                measured[each.name] = self._measure_set(variables, each.source, **whole).metrics
+                found = self._measure_set(variables, each.source, **whole)
+                self._report_broken(each.name, each.source, found.broken, print)
+                measured[each.name] = found.metrics
             measured, errors, relative = imagenet_sets.sum_up_corruptions(measured)
             if errors and hosts.is_first():
                 path = folder / f"{imagenet_sets.CORRUPTED}{suffix}.csv"

@@ -141,7 +141,7 @@ def eval_batches(
         that are arrays keep their dtype, `[batch, ...]`.
 
     Raises:
-        DataError: the source is empty, or none of its images can be used.
+        DataError: the source is empty, or none of its images can be decoded.
         ValueError: a setting is out of range.
     """
     check(source, batch_size, workers, threads)

@@ -197,7 +197,7 @@ def whole_image_batches(
     record: Mapping[str, Any],
     inference: Mapping[str, Any],
     batch_size: int,
-    broken: list[int],
+    broken: list[int] | None,
     workers: int = 0,
     threads: int = 4,
 ) -> Generator[Batch, None, None]:
@@ -210,7 +210,8 @@ def whole_image_batches(
         record: the preprocessing record.
         inference: as for `whole_views`.
         batch_size: examples in a batch.
-        broken: gets the numbers of the examples that can't be used, which are left out.
+        broken: gets the numbers of the examples that can't be used, which are left out; None where
+            they are an error.
         workers: worker processes; 0 works in this process.
         threads: threads that prepare images, in each worker.
 
@@ -221,20 +222,24 @@ def whole_image_batches(
         where the batch is filled up.
 
     Raises:
-        DataError: the source is empty.
+        DataError: the source is empty; BrokenImageError without `broken`.
         ValueError: a setting is out of range.
     """
     check(source, batch_size, workers, threads)
 
     prepare = functools.partial(
-        _whole_example, examples=source.examples, record=record, inference=inference
+        _whole_example,
+        examples=source.examples,
+        record=record,
+        inference=inference,
+        skip=broken is not None,
     )
     waiting: dict[tuple[int, ...], list[dict[str, Any]]] = {}
     numbers = grain.MapDataset.range(len(source.examples))
     examples = stream(numbers.map(prepare), workers, threads)
     with contextlib.closing(examples):
         for example in examples:
-            if "broken" in example:
+            if broken is not None and "broken" in example:
                 broken.append(int(example["broken"]))
                 continue
             size = example["image"].shape
@@ -247,12 +252,18 @@ def whole_image_batches(
 
 
 def _whole_example(
-    index: int, examples: Examples, record: Mapping[str, Any], inference: Mapping[str, Any]
+    index: int,
+    examples: Examples,
+    record: Mapping[str, Any],
+    inference: Mapping[str, Any],
+    skip: bool,
 ) -> dict[str, Any]:
     try:
         example = examples[index]
         views = whole_views(example["image"], record, inference)
     except (BrokenImageError, preprocess.UnfitImageError):
+        if not skip:
+            raise
         return {"broken": np.int32(index)}
     return {**views, "label": example["label"]}
 

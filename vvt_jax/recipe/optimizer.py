@@ -21,7 +21,8 @@ def make_schedule(
     batch_size: int = 0,
     epoch_steps: float = 1.0,
 ) -> optax.Schedule:
-    """Learning rate by step: linear warm-up, and a decay that ends at the last step.
+    """Learning rate by step: linear warm-up, and a decay that ends at the last step (but for
+    `"cosine_by_epoch"`, which reaches its peak after the warm-up's epochs alone).
 
     Args:
         fields: `learning_rate` (at its peak), `learning_rate_batch` (where it is not 0, the peak is
