@@ -85,7 +85,7 @@ def _save_run(workdir, *, ema):
     with Checkpoints(workdir / "checkpoints", keep=2) as checkpoints:
         checkpoints.save(5, state, Best())
     (workdir / "config.json").write_text(
-        json.dumps({"model": {"name": "vvt_nano", "depths": None}})
+        json.dumps({"model": {"name": "vvt_nano", "depths": None}, "data": {}, "optimizer": {}})
     )
     return state
 
