@@ -101,9 +101,9 @@ def get_config(_: str = "") -> ConfigDict:
     config.data.upright = True
     config.data.workers = 0  # processes that read and augment; 0: threads of this one
     config.data.threads = 8  # a process
-    config.data.broken_limit = (
-        10  # images that can't be decoded: of a run's training, and of each split
-    )
+    # Images that can't be decoded: training replaces up to this many, and each evaluation leaves up
+    # to this many out of a split
+    config.data.broken_limit = 10
 
     config.augment = ConfigDict()
     config.augment.crop = "random_resized_crop"  # or "resize": as in evaluation

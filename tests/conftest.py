@@ -127,15 +127,9 @@ class Run:
     def __init__(self, cache: Path):
         self._cache = cache
 
-    def start(
-        self,
-        workdir: Path,
-        *flags: str,
-        config: str = "configs/digits.py",
-        devices: int = 1,
-        anew: bool = False,
-    ):
-        arguments = [
+    def arguments(self, workdir: Path, *flags: str, config: str = "configs/digits.py") -> list[str]:
+        """Of Python."""
+        return [
             "-m",
             "vvt_jax.main",
             f"--config={config}",
@@ -147,6 +141,9 @@ class Run:
             *(f"--config.model.{name}={value}" for name, value in WIDTHS.items()),
             *flags,
         ]
+
+    def start(self, workdir: Path, *flags: str, devices: int = 1, anew: bool = False, **options):
+        arguments = self.arguments(workdir, *flags, **options)
         count = f"--xla_force_host_platform_device_count={devices}"
         return fork_server.start(arguments, {**os.environ, "XLA_FLAGS": count}, anew=anew)
 

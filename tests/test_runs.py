@@ -14,7 +14,6 @@ import orbax.checkpoint as ocp
 import pytest
 
 from tests import fork_server
-from tests.conftest import WIDTHS
 
 pytestmark = pytest.mark.slow  # each starts processes of its own
 STEPS = 12
@@ -262,25 +261,12 @@ def test_a_start_that_fails_does_not_settle_the_config(run, tmp_path, digits_fol
 
 @pytest.mark.parametrize("closed", [1, 2])
 def test_a_run_goes_on_when_nobody_reads_what_it_prints(
-    straight, compilation_cache, tmp_path, closed, read_metrics
+    run, straight, tmp_path, closed, read_metrics
 ):
-    flags = [f"--config.model.{name}={value}" for name, value in WIDTHS.items()]
-    flags += ["--config.log_every_steps=2", "--config.eval_every_steps=4", SHORT]
-    flags += [
-        "--config.checkpoint_every_steps=3",
-        f"--config.compilation_cache={compilation_cache}",
-    ]
     reader, writer = os.pipe()
     os.close(reader)
     with subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "vvt_jax.main",
-            "--config=configs/digits.py",
-            f"--workdir={tmp_path}",
-            *flags,
-        ],
+        [sys.executable, *run.arguments(tmp_path, SHORT)],
         stdout=writer if closed == 1 else subprocess.DEVNULL,
         stderr=writer if closed == 2 else subprocess.DEVNULL,
     ) as process:

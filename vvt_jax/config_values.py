@@ -6,7 +6,7 @@ value, or an empty string.
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -50,8 +50,7 @@ def _real(low: float, high: float = _LARGEST, *, above: bool = False, below: boo
         if 0 < abs(value) < _SMALLEST:
             return "float32 takes it for 0"
         if high == _LARGEST:
-            wrong = "it has to be positive" if above and value <= 0 else _below(value, low)
-            return wrong
+            return "it has to be positive" if above and value <= 0 else _below(value, low)
         inside = (low < value if above else low <= value) and (
             value < high if below else value <= high
         )
@@ -244,15 +243,14 @@ def _unwrap(value: Any) -> Any:
     return value
 
 
-def problem_of(fields: Mapping[str, Any], ignored: Collection[str] = ()) -> tuple[str, str] | None:
+def problem_of(fields: Mapping[str, Any]) -> tuple[str, str] | None:
     """The first field whose value can't be meant, and what is wrong with it.
 
     Args:
         fields: values by field, such as `data.size`.
-        ignored: fields that are not looked at.
     """
     for field, value in fields.items():
         rule = rule_of(field)
-        if rule is not None and field not in ignored and (wrong := rule(_unwrap(value))):
+        if rule is not None and (wrong := rule(_unwrap(value))):
             return field, wrong
     return None

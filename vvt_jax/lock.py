@@ -29,11 +29,13 @@ def check_workdir(workdir: AnyPath) -> None:
         return
     try:
         workdir.exists()
-    except (OSError, ValueError) as error:  # a zero byte in the name is a ValueError
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise WorkdirError(
-            f"{workdir} can't hold a run ({reason}): use another workdir."
-        ) from error
+    except OSError as error:
+        raise _unfit(workdir, error) from error
+
+
+def _unfit(workdir: AnyPath, error: Exception) -> WorkdirError:
+    reason = error.strerror if isinstance(error, OSError) else error
+    return WorkdirError(f"{workdir} can't hold a run ({reason}): use another workdir.")
 
 
 class WorkdirLock:
@@ -48,6 +50,7 @@ class WorkdirLock:
 
     Raises:
         WorkdirInUseError: another run holds it.
+        WorkdirError: it can't be made.
     """
 
     def __init__(self, workdir: AnyPath):
@@ -65,12 +68,10 @@ class WorkdirLock:
             try:
                 self._workdir.mkdir(parents=True, exist_ok=True)
                 file = stack.enter_context((self._workdir / "lock").open("ab"))
-            except OSError as error:
-                if error.errno in NO_ROOM:
+            except (OSError, ValueError) as error:  # a zero byte in the name is a ValueError
+                if isinstance(error, OSError) and error.errno in NO_ROOM:
                     raise
-                raise WorkdirError(
-                    f"{self._workdir} can't hold a run ({error.strerror}): use another workdir."
-                ) from error
+                raise _unfit(self._workdir, error) from error
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:

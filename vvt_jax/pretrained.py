@@ -79,10 +79,10 @@ def save_pretrained(
     parameters = sum(np.size(a) for name, a in arrays.items() if name.startswith("params/"))
     text = model_card.model_card(model, card, parameters).encode()
 
-    _rename_weights(place)  # of a call that was killed
+    _finish_stopped_save(place)
     storage.replace(place / _NEXT_WEIGHTS, weights)
     storage.replace(place / _CONFIG, described)
-    _rename_weights(place)
+    _rename_weights(place, weights)
     storage.replace(place / model_card.FILE, text)
 
 
@@ -105,15 +105,19 @@ def _as_json(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} is not a JSON value")
 
 
-def _rename_weights(place: AnyPath) -> None:
-    """Gives new weights their place, if `config.json` describes them already."""
+def _finish_stopped_save(place: AnyPath) -> None:
+    """Gives the weights of a save that was killed their place, if `config.json` describes them."""
     try:
         described = json.loads(storage.read_text(place / _CONFIG, SizeLimit.CONFIG))["sha256"]
         weights = storage.read_bytes(place / _NEXT_WEIGHTS, SizeLimit.WEIGHTS)
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return  # there are none
-    if hashlib.sha256(weights).hexdigest() != described:
-        return
+    if hashlib.sha256(weights).hexdigest() == described:
+        _rename_weights(place, weights)
+
+
+def _rename_weights(place: AnyPath, weights: bytes) -> None:
+    """Gives the new weights, which lie there under their other name, their place."""
     if not storage.is_remote(place):
         (place / _NEXT_WEIGHTS).replace(place / _WEIGHTS)
         return

@@ -94,17 +94,18 @@ class Reporter:
 
     def last_line(self) -> dict[str, float]:
         """The measurements of the last step that was written, empty at the start of a run."""
-        self.flush()
-        found = self._path.exists()  # not yet, where another process writes it
-        lines = map(_parse, _read_lines(self._path) if found else [])
-        metrics = [line for line in lines if line is not None]  # another process may be writing
-        return {k: v for k, v in metrics[-1].items() if k != "step"} if metrics else {}
+        written = self._written()
+        return {k: v for k, v in written[-1].items() if k != "step"} if written else {}
 
     def has(self, step: int, name: str) -> bool:
         """Whether a measurement of that step was written."""
+        return any(line["step"] == step and name in line for line in self._written())
+
+    def _written(self) -> list[dict[str, Any]]:
+        """The lines that can be read: another process may be writing one, or the whole file."""
         self.flush()
         lines = map(_parse, _read_lines(self._path) if self._path.exists() else [])
-        return any(line and line["step"] == step and name in line for line in lines)
+        return [line for line in lines if line is not None]
 
     def say(self, text: str) -> None:
         """Prints a line without tearing the progress bar."""

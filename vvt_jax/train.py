@@ -553,7 +553,8 @@ class _Run:
         prefix: str,
         folder: AnyPath | None = None,
         show: Callable[[str, PIL.Image.Image], None] | None = None,
-        say: Callable[[str], None] = print,
+        *,
+        say: Callable[[str], None],
     ) -> dict[str, float]:
         """Measurements on a part of the data, none where the config names no split for it; what
         each class is taken for goes into the folder, and pictures to `show`, where given.
@@ -621,7 +622,11 @@ class _Run:
         )
 
     def evaluate_also(
-        self, state: TrainState, sets: Sequence[imagenet_sets.EvaluationSet], folder: AnyPath
+        self,
+        state: TrainState,
+        sets: Sequence[imagenet_sets.EvaluationSet],
+        folder: AnyPath,
+        say: Callable[[str], None],
     ) -> dict[str, float]:
         """Measurements on those sets; a table of the corruptions goes into the folder."""
         metrics: dict[str, float] = {}
@@ -631,7 +636,7 @@ class _Run:
             for each in sets:
                 whole = {"crop_fraction": 1.0} if each.cropped else {}
                 found = self._measure_set(variables, each.source, **whole)
-                self._report_broken(each.name, each.source, found.broken, print)
+                self._report_broken(each.name, each.source, found.broken, say)
                 measured[each.name] = found.metrics
             measured, errors, relative = imagenet_sets.sum_up_corruptions(measured)
             if errors and hosts.is_first():
@@ -705,7 +710,7 @@ def _evaluate_only(
     folder = workdir / "evaluation"
     metrics = run.evaluate(state, "validation", "eval", folder, say=told.append)
     metrics |= run.evaluate(state, "test", "test", folder, say=told.append)
-    metrics |= run.evaluate_also(state, also, folder)
+    metrics |= run.evaluate_also(state, also, folder, told.append)
     if not hosts.is_first():
         return metrics
     step = int(state.step)
