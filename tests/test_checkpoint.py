@@ -17,7 +17,7 @@ import optax
 import pytest
 
 from tests import fork_server
-from vvt_jax.checkpoint import SUMS, Best, Checkpoints
+from vvt_jax.checkpoint import SUMS, Best, CheckpointError, Checkpoints
 from vvt_jax.recipe.step import Totals, TrainState
 
 
@@ -77,6 +77,24 @@ def test_comes_back_bit_for_bit(tmp_path, ema, seed):
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     chex.assert_trees_all_equal(restored, state)
     chex.assert_trees_all_equal_dtypes(restored, state)
+
+
+@pytest.mark.parametrize("ema", [True, False], ids=["ema", "no ema"])
+@pytest.mark.parametrize("seed", [0, 1], ids=["no collections", "collections"])
+def test_comes_back_without_the_optimizer_state(tmp_path, ema, seed):
+    """Which would be of another optimizer."""
+    state = _state(7, seed=seed, ema=ema)
+    _save(tmp_path, 7, seed=seed, ema=ema)
+    wanted = state.replace(opt_state=optax.EmptyState())
+    with Checkpoints(tmp_path, keep=None) as checkpoints:
+        with pytest.raises(CheckpointError, match=r"opt_state/\S+ has shape"):
+            checkpoints.restore(_abstract(wanted))
+        restored, best = checkpoints.restore(_abstract(wanted), without=("opt_state",))
+        variables = checkpoints.restore_variables()
+    assert best == Best()
+    assert jax.tree.structure(restored) == jax.tree.structure(wanted)
+    chex.assert_trees_all_equal(restored, wanted)
+    chex.assert_trees_all_equal(variables, state.variables(ema=ema))
 
 
 def test_newest_and_best_are_kept_and_the_newest_comes_back(tmp_path):

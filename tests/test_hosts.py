@@ -23,12 +23,13 @@ from vvt_jax import configuration, hosts
 from vvt_jax.data import loader, sources
 from vvt_jax.data.loader import BrokenImages
 from vvt_jax.errors import UserError
+from vvt_jax.lock import WorkdirLock
 
 ROOT = Path(__file__).parent.parent
 _STEPS = 8
 # Without the clamp, which has no gradient where it acts: rounding would flip elements there.
+_CONFIG = "configs/digits.py"
 _SMALL = (
-    "--config=configs/digits.py",
     f"--config.total_steps={_STEPS}",
     "--config.batch_size=8",
     "--config.log_every_steps=1",
@@ -60,7 +61,9 @@ _QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes
 def launch(compilation_cache):
     """Starts the launcher, which prints the processes' numbers and how they end."""
 
-    def start(workdir: Path, *flags: str, processes: int, devices: int = 1, grace: float = 90):
+    def start(
+        workdir: Path, *flags: str, processes: int, devices: int = 1, options=(), config=None
+    ):
         path = workdir.with_suffix(".log")
         command = [
             sys.executable,
@@ -68,9 +71,10 @@ def launch(compilation_cache):
             "experiments.launch.local",
             f"--processes={processes}",
             f"--devices={devices}",
-            f"--grace={grace}",
             "--restarts=2",
+            *options,
             "--",
+            f"--config={config}",
             *_SMALL,
             f"--workdir={workdir}",
             f"--config.compilation_cache={compilation_cache}",
@@ -186,7 +190,8 @@ def test_a_killed_process_ends_the_other_and_the_group_restarts(
 ):
     """First the one that does not coordinate, then the one that does."""
     workdir = tmp_path / "run"
-    launched = launch(workdir, "--config.distributed.heartbeat_timeout=10", processes=2)
+    timeout = "--config.distributed.heartbeat_timeout=10"
+    launched = launch(workdir, timeout, processes=2, options=["--grace=90"])
     for restart, (victim, step) in enumerate(((1, 3), (0, 5)), start=1):
         _wait_for_step(launched, workdir, step)
         os.kill(_pid(launched[1], victim), signal.SIGKILL)
@@ -202,6 +207,51 @@ def test_a_killed_process_ends_the_other_and_the_group_restarts(
         assert found[str(1 - victim)] not in ("0", "-9")
     assert starts[2].count("ended with 0.") == 2, starts
     _assert_same(two, workdir, read_metrics)
+
+
+@pytest.mark.slow
+def test_a_mistake_that_one_process_finds_ends_all_and_restarts_nothing(launch, tmp_path):
+    """Process 0 alone asks for the lock; the other one then waits for it with its first step."""
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    with WorkdirLock(workdir):
+        launched = launch(workdir, processes=2)
+        log = _finish(launched)
+    assert launched[0].returncode == 1
+    assert log.count("ended with 1.") == 2, log
+    (reason,) = set(re.findall(r"^error: (?:process 0 ended the run: )?(.*)$", log, re.MULTILINE))
+    assert str(workdir) in reason
+    assert "error: process 0 ended the run: " in log
+    for unwanted in ("Traceback", "Check failure", "Restart"):
+        assert unwanted not in log
+
+
+@pytest.mark.slow
+def test_an_unexpected_error_ends_all_and_restarts(launch, tmp_path):
+    """Once: what fails is gone the second time, as a lost network would be."""
+    workdir, flag = tmp_path / "run", tmp_path / "fails"
+    flag.touch()
+    config = tmp_path / "config.py"
+    config.write_text(
+        "import pathlib\n"
+        "import jax\n"
+        "from configs import digits\n"
+        "get_config = digits.get_config\n"
+        "def fail(event, **_):\n"
+        f"    flag = pathlib.Path({str(flag)!r})\n"
+        "    if 'compile' in event and jax.process_index() == 1 and flag.exists():\n"
+        "        flag.unlink()\n"
+        "        raise RuntimeError('the network is down')\n"
+        "jax.monitoring.register_event_listener(fail)\n"
+    )
+    launched = launch(workdir, "--config.total_steps=2", processes=2, config=config)
+    log = _finish(launched)
+    assert launched[0].returncode == 0, log
+    assert log.count("ended with 70.") == log.count("ended with 0.") == 2
+    assert log.count("Traceback") == 1
+    assert "error: process 1 ended the run: RuntimeError: the network is down" in log
+    assert "Restart 1 of 2." in log
+    assert "Restart 2" not in log
 
 
 # Restores the state of the one before, tells it, saves it, and reads two batches.
@@ -225,7 +275,7 @@ config.distributed.update(told["distributed"])
 hosts.join(config.distributed, preemptible=False)
 assert jax.process_count() == told["processes"]
 assert jax.device_count() == told["processes"] * told["devices"]
-run = train._Run(config, train._open_sources(config.data))
+run = train._Run(config, train._open_sources(config))
 folder, link = Path(told["folder"]), told["link"]
 if link:
     with Checkpoints(folder / str(link - 1), keep=None) as checkpoints:
@@ -479,6 +529,25 @@ def test_a_coordinator_that_does_not_answer_is_named():
     distributed.start_timeout = 1
     with pytest.raises(UserError, match=r"coordinator=127.0.0.1:\d+ did not answer for 1 s"):
         hosts.join(distributed, preemptible=True)
+
+
+_ALONE = """
+import sys
+from configs import common
+from vvt_jax import hosts
+
+config = common.get_config()
+config.distributed.coordinator, config.distributed.start_timeout = sys.argv[1], 1
+config.distributed.num_processes, config.distributed.process_id = 2, 0
+hosts.join(config.distributed, preemptible=False)
+"""
+
+
+def test_a_group_that_stays_incomplete_ends_with_a_sentence():
+    done = fork_server.run(["-c", _ALONE, f"127.0.0.1:{_free_port()}"])
+    assert done.returncode == 1
+    assert "config.distributed describes was not complete after 1 s" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

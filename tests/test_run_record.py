@@ -18,7 +18,7 @@ from vvt_jax.errors import UserError
 from vvt_jax.finetune import initial_variables
 from vvt_jax.hosts import GroupError
 from vvt_jax.pretrained import load_pretrained, save_pretrained
-from vvt_jax.provenance import Provenance
+from vvt_jax.provenance import Provenance, opened_splits
 from vvt_jax.run_record import RecordError
 from vvt_jax.tasks import make_model
 from vvt_jax.train import train_and_evaluate
@@ -96,10 +96,7 @@ def _open(config, workdir, flagged=()):
     made = Provenance(config, workdir, flagged)
     sources = {
         part: open_source("folder", split, data_dir=config.data.data_dir, cut=made.cuts[part])
-        for part, split in (
-            ("train", config.data.train_split),
-            ("validation", config.data.validation_split),
-        )
+        for part, split in opened_splits(config).items()
     }
     return made, made.match(sources)
 
@@ -171,6 +168,23 @@ def test_a_removed_class_is_refused_on_resume_and_measured_without_it(copied):
     assert labels == [1, 1, 2, 2]
 
 
+def test_an_evaluation_needs_no_training_images(copied):
+    """Its files are gone, and the others are those that the run measured before."""
+    root, config = copied
+    before = run_record.read(root / "run").parts
+    for name in before["train"].names:
+        (root / "data" / name).unlink()
+    config.mode, config.data.train_split = "eval", ""
+    made, sources = _open(config, root / "run")
+    assert _names(sources) == {"validation": list(before["validation"].names)}
+    assert made.told == []
+    config.data.validation_split = ""
+    with pytest.raises(
+        ConfigError, match=r"validation_split and config\.data\.test_split are empty"
+    ):
+        opened_splits(config)
+
+
 @pytest.mark.parametrize("place", ["run", "run/model"])
 def test_evaluating_weights_compares_the_names_of_their_classes(copied, place):
     """Before, a workdir with as many classes of other names gave 0 %."""
@@ -220,7 +234,7 @@ def test_the_shipped_model_is_measured_as_it_is_whatever_the_config(digits_folde
     config = common.get_config()
     config.mode, config.init_from = "eval", str(digits_folder)
     config.data.source, config.data.data_dir = "folder", str(tmp_path)
-    config.data.validation_split = "train"
+    config.data.validation_split, config.data.test_split = "train", ""
     made, sources = _open(config, tmp_path / "new")
     card = json.loads((digits_folder / "config.json").read_text())["card"]
     measured = make_model(made.config, 3)

@@ -1,5 +1,6 @@
 """Whole runs as a user starts them: what they leave, and how they go on; see also tests/faults."""
 
+import math
 import os
 import re
 import signal
@@ -97,6 +98,34 @@ def test_workers_and_cadences_may_change_on_resume(run, tmp_path, straight, read
     jax.tree.map(np.testing.assert_array_equal, saved_state(straight), saved_state(tmp_path))
     steps = [line["step"] for line in read_metrics(tmp_path)]
     assert steps == sorted(set(steps))
+
+
+def test_the_authors_schedule_goes_on_inside_an_epoch(run, tmp_path, read_metrics):
+    """Of 1,293 images in batches of 300, so that an epoch has 4.31 updates."""
+    flags = (
+        SHORT,
+        "--config.batch_size=300",
+        "--config.optimizer.schedule=cosine_by_epoch",
+        "--config.optimizer.warmup_epochs=1",
+        "--config.optimizer.warmup_learning_rate=1e-6",
+        "--config.optimizer.learning_rate=1e-3",
+        "--config.optimizer.final_learning_rate=1e-5",
+        "--config.log_every_steps=1",
+        "--config.eval_every_steps=12",
+    )
+    process = run.start(tmp_path, *flags)
+    wait_for_step(process, tmp_path, 6)
+    process.terminate()
+    process.communicate()
+    done = run(tmp_path, *flags)
+    assert re.search(r"Resumed at step ([6-9]|1[01]) of", done.stdout), done.stderr
+    epochs = STEPS / (1293 / 300)
+    peak, final = 1e-3, 1e-5
+    for line in read_metrics(tmp_path):
+        t = max((line["step"] - 1) * 300 // 1293 - 1, 0)
+        expected = final + (peak - final) * (1 + math.cos(math.pi * t / epochs)) / 2
+        rate = line["train/learning_rate"]
+        assert rate == pytest.approx(1e-6 if t < 1 else expected, rel=1e-6), line["step"]
 
 
 _EIGHT = [f"--config.mesh.{axis}=2" for axis in ("data", "fsdp", "spatial")]

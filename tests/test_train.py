@@ -98,6 +98,14 @@ def test_eval_measures_the_newest_checkpoint_and_writes_nothing(finished, small_
     assert (workdir / "evaluation" / "eval_confusion.png").exists()
 
 
+def test_eval_needs_no_training_split(finished, small_config, capsys):
+    workdir, metrics = finished
+    small_config.mode, small_config.data.train_split = "eval", ""
+    measured = train_and_evaluate(small_config, str(workdir))
+    assert measured == {k: v for k, v in metrics.items() if not k.startswith("train/")}
+    assert "images: validation 144, test 360." in capsys.readouterr().out
+
+
 def test_eval_measures_a_model_folder(finished, small_config, tmp_path, read_metrics, capsys):
     workdir, _ = finished
     best = max(
@@ -195,7 +203,7 @@ def test_the_moving_average_is_measured_and_is_the_model(small_config, tmp_path,
 
 @pytest.fixture
 def make_run(small_config):
-    return lambda: train._Run(small_config, train._open_sources(small_config.data))
+    return lambda: train._Run(small_config, train._open_sources(small_config))
 
 
 def test_the_compiled_step_takes_the_memory_over_and_no_other_shape(make_run):

@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -94,6 +94,7 @@ class Checkpoints:
         state, bookkeeping = _SummedState(), _SummedBookkeeping()
         for arguments in (ocp.args.StandardSave, ocp.args.StandardRestore):
             handlers.add("state", arguments, state)
+        handlers.add("state", ocp.args.PyTreeRestore, ocp.PyTreeCheckpointHandler())
         for arguments in (ocp.args.JsonSave, ocp.args.JsonRestore):
             handlers.add("bookkeeping", arguments, bookkeeping)
         self._manager = _Manager(
@@ -144,7 +145,9 @@ class Checkpoints:
         except Exception as error:  # of this one, or of the one before, in the background
             raise self._unwritten(error) from error
 
-    def restore(self, abstract_state: State) -> tuple[State, Best]:
+    def restore(
+        self, abstract_state: State, *, without: Collection[str] = ()
+    ) -> tuple[State, Best]:
         """The newest checkpoint that is sound.
 
         Damaged ones are passed over, which is said, and, unless this only reads, they are renamed
@@ -152,18 +155,22 @@ class Checkpoints:
 
         Args:
             abstract_state: shapes, dtypes and shardings of the state to return.
+            without: fields of the state that are neither read nor compared; what the given state
+                has in them has no arrays.
 
         Raises:
             CheckpointError: all are damaged, or it is of another format version or another model.
         """
         step = self._newest_sound_step()
+        saved = self._saved_tree(step)
+        compared = {name: tree for name, tree in saved.items() if name not in without}
         # First: a restore that fails halfway leaves TensorStore's threads to print tracebacks.
-        if difference := _first_difference(self._saved_tree(step), abstract_state):
+        if difference := _first_difference(compared, abstract_state):
             raise CheckpointError(
                 f"The checkpoint {self._folder / str(step)} is of another model or optimizer: "
                 f"{difference}; use another workdir, or the config that it was made with."
             )
-        state, best = self._read(step, abstract_state)
+        state, best = self._read(step, abstract_state, without)
         # Arrays of orbax's own making may share memory with what it read: the step donates them.
         return jax.tree.map(lambda x: x.copy(), state), best
 
@@ -177,11 +184,13 @@ class Checkpoints:
         step = self._newest_sound_step()
         layout = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         saved = self._saved_tree(step)
+        params = "ema" if saved.get("ema") else "params"
+        wanted = {name: saved[name] for name in (params, "mutable") if saved.get(name)}
         abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), saved
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), wanted
         )
-        state, _ = self._read(step, abstract)
-        return {"params": state.get("ema") or state["params"], **(state.get("mutable") or {})}
+        found = self._read_item(step, _partial_restore(abstract))["state"]
+        return {"params": found[params], **found.get("mutable", {})}
 
     def _newest_sound_step(self) -> int:
         """As the first process finds: all have to restore the same one."""
@@ -237,20 +246,29 @@ class Checkpoints:
         folder.rename(aside)
         return aside.name
 
-    def _read(self, step: int, abstract_state: Any) -> tuple[Any, Best]:
+    def _read(
+        self, step: int, abstract_state: State, without: Collection[str]
+    ) -> tuple[State, Best]:
+        if without:
+            fields = vars(abstract_state).items()
+            wanted = {k: v for k, v in fields if k not in without and jax.tree.leaves(v)}
+            found = self._read_item(step, _partial_restore(wanted))
+            state = dataclasses.replace(abstract_state, **found["state"])  # type: ignore[type-var]
+        else:
+            found = self._read_item(step, ocp.args.StandardRestore(abstract_state))
+            state = found["state"]
+        book = dict(found["bookkeeping"])
+        book.pop("format_version", None)
+        return state, Best(**book)
+
+    def _read_item(self, step: int, state: ocp.args.CheckpointArgs) -> Mapping[str, Any]:
         try:
-            found = self._manager.restore(
+            return self._manager.restore(
                 step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(abstract_state),
-                    bookkeeping=ocp.args.JsonRestore(),
-                ),
+                args=ocp.args.Composite(state=state, bookkeeping=ocp.args.JsonRestore()),
             )
         except Exception as error:  # orbax raises whatever its storage layers do
             raise self._unreadable(step, error) from error
-        book = dict(found["bookkeeping"])
-        book.pop("format_version", None)
-        return found["state"], Best(**book)
 
     def _saved_tree(self, step: int) -> Any:
         try:
@@ -314,6 +332,15 @@ class _SummedBookkeeping(ocp.JsonCheckpointHandler):
     def finalize(self, directory: epath.Path) -> None:
         super().finalize(directory)
         _write_sums(directory)
+
+
+def _partial_restore(wanted: Any) -> ocp.args.PyTreeRestore:
+    """Reads what is in the given tree, and nothing else of the checkpoint."""
+    return ocp.args.PyTreeRestore(
+        item=wanted,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+        partial_restore=True,
+    )
 
 
 def _write_sums(folder: epath.Path) -> None:

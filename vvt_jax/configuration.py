@@ -160,7 +160,7 @@ def settle(config: ConfigDict, workdir: AnyPath, *, write: bool = True) -> None:
 
     A field that the old run's config lacks was added to the program later: it counts as what the
     program did before. Preprocessing and inference are not compared to evaluate, since the run's
-    record decides about them (`vvt_jax.run_record`).
+    record decides about them (`vvt_jax.run_record`), and neither is the split to train on.
 
     Args:
         config: of the run.
@@ -177,7 +177,7 @@ def settle(config: ConfigDict, workdir: AnyPath, *, write: bool = True) -> None:
     if before is not None:
         free: tuple[str, ...] = _FREE
         if config.mode == "eval":
-            free += ("inference.", *(f"data.{name}" for name in FIELDS))
+            free += ("inference.", "data.train_split", *(f"data.{name}" for name in FIELDS))
         changed = [
             f"config.{field} ({old} before, {new} now)"
             for field, old, new in _differences(before, given)

@@ -4,11 +4,14 @@ Each process drives the devices of one host, or one of its devices. All of them 
 program on the same config, and see one global mesh of all devices.
 """
 
+import contextlib
 import functools
 import importlib.util
 import json
 import os
 import socket
+import sys
+import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -17,8 +20,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from vvt_jax import failure
 from vvt_jax.errors import UserError
 
+_MARGIN = 60  # seconds by which our own limit, which says what is wrong, is before jax's
 _EXPLICIT = ("coordinator", "num_processes", "process_id")
 
 
@@ -60,16 +65,17 @@ def join(distributed: Mapping[str, Any], *, preemptible: bool) -> None:
         _wait_for(distributed["coordinator"], timeout)
     jax.config.update("jax_enable_preemption_service", preemptible)
     try:
-        jax.distributed.initialize(
-            coordinator_address=distributed["coordinator"],
-            num_processes=distributed["num_processes"],
-            process_id=distributed["process_id"],
-            cluster_detection_method=method,
-            initialization_timeout=timeout,
-            heartbeat_timeout_seconds=distributed["heartbeat_timeout"],
-            # One that ends early, with an error of its own, ends the others as soon as a lost one
-            shutdown_timeout_seconds=distributed["heartbeat_timeout"],
-        )
+        with _time_limit(timeout, cluster):
+            jax.distributed.initialize(
+                coordinator_address=distributed["coordinator"],
+                num_processes=distributed["num_processes"],
+                process_id=distributed["process_id"],
+                cluster_detection_method=method,
+                initialization_timeout=timeout + _MARGIN,
+                heartbeat_timeout_seconds=distributed["heartbeat_timeout"],
+                # By default a process that ends early waits 300 s for the others
+                shutdown_timeout_seconds=distributed["heartbeat_timeout"],
+            )
     except Exception as error:  # jax's own, those of MPI and of Kubernetes
         reason = str(error).strip().partition("\n")[0][:300]
         raise GroupError(
@@ -77,6 +83,30 @@ def join(distributed: Mapping[str, Any], *, preemptible: bool) -> None:
             "config.distributed.coordinator=HOST:PORT, num_processes and process_id tell it "
             "otherwise, num_processes=1 works alone."
         ) from error
+    failure.watch()
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float, cluster: str) -> Iterator[None]:
+    """Ends the program when the group has not come together in time: jax would abort it."""
+
+    def end() -> None:
+        print(
+            f"error: The group of processes that {cluster} describes was not complete after "
+            f"{seconds} s: are all of them running, and can they reach process 0? "
+            "config.distributed.start_timeout gives them more time.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(failure.USER_ERROR)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _cluster(environment: Mapping[str, str]) -> tuple[str, str | None] | None:

@@ -1,11 +1,14 @@
 """Trains, resumes or evaluates what a config describes.
 
 python -m vvt_jax.main --config=configs/digits.py --workdir=runs/digits [--config.field=value ...]
+
+Exit status: 0 on success; 1 for what only the user can mend, 70 for any other error, which may not
+come again; 128 + N after signal N, with the run saved.
 """
 
 import functools
-import os
 import sys
+import traceback
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -24,7 +27,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(argv: list[str]) -> None:
-    from vvt_jax import parallel  # after --help and flag errors
+    from vvt_jax import failure, parallel  # after --help and flag errors
     from vvt_jax.train import Interrupted, train_and_evaluate
 
     parallel.give_simulated_devices_time()
@@ -33,16 +36,18 @@ def main(argv: list[str]) -> None:
             raise ConfigError(f"Not a flag: {argv[1]}; a field is given as --config.field=value.")
         flagged = flagged_fields(_CONFIG)
         train_and_evaluate(_CONFIG.value, str(_WORKDIR.value), flagged=flagged)
-    except UnwrittenError as error:
-        # All that can be saved is. What libraries write in the background would fail once more at
-        # the program's end, and say so in tracebacks.
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(1)
     except UserError as error:
-        sys.exit(f"error: {error}")
+        # After a full disk, what libraries write when Python exits would fail once more, with
+        # tracebacks. Everything that could be saved has been.
+        at_once = isinstance(error, UnwrittenError)
+        failure.end(str(error), failure.USER_ERROR, at_once=at_once)
     except Interrupted as interrupted:
         print(interrupted, file=sys.stderr)
         sys.exit(interrupted.exit_status)
+    except Exception as error:
+        if not failure.has_happened():  # in another process, which this error then follows from
+            traceback.print_exc()
+        failure.end(f"{type(error).__name__}: {error}", failure.CRASH)
 
 
 if __name__ == "__main__":

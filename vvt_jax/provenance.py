@@ -14,6 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vvt_jax import configuration, hosts, run_record
+from vvt_jax.configuration import ConfigError
 from vvt_jax.data.sources import Cut, Source
 from vvt_jax.finetune import StartingWeights, read_weights
 from vvt_jax.models import Segmenter
@@ -165,3 +166,25 @@ def splits_of(data: ConfigDict) -> dict[str, str]:
         "test": data.test_split,
     }
     return {part: split for part, split in parts.items() if split}
+
+
+def opened_splits(config: ConfigDict) -> dict[str, str]:
+    """The splits that a run reads, by part: an evaluation does without the training images.
+
+    Raises:
+        ConfigError: the splits that the run needs are not named.
+    """
+    parts = splits_of(config.data)
+    if config.mode == "train":
+        if "train" not in parts:
+            raise ConfigError("config.data.train_split is empty: training needs a split.")
+        return parts
+    measured = {part: split for part, split in parts.items() if part != "train"}
+    if measured:
+        return measured
+    if not config.data.eval_also:
+        raise ConfigError(
+            "config.data.validation_split and config.data.test_split are empty: an evaluation "
+            "needs one of them, or config.data.eval_also."
+        )
+    return parts  # for the names of the classes

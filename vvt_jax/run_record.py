@@ -154,7 +154,7 @@ def choose_cuts(
     if record.parts is None:
         return dict.fromkeys(parts, splits.at_random)
     cuts: dict[str, Cut] = {}
-    for name in parts:
+    for name in {**record.parts, **parts}:  # also those that an evaluation does not read
         listed = record.parts[name].names if name in record.parts else None
         # Training keeps the places of all other examples in its order.
         cuts[name] = (

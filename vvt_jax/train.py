@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import PIL.Image
 from ml_collections import ConfigDict
 
@@ -27,7 +28,7 @@ from vvt_jax.lock import WorkdirLock, check_workdir
 from vvt_jax.models import unstack_blocks
 from vvt_jax.models.vvt import check_image_shape
 from vvt_jax.pretrained import save_pretrained
-from vvt_jax.provenance import Provenance, splits_of
+from vvt_jax.provenance import Provenance, opened_splits
 from vvt_jax.recipe import mixing
 from vvt_jax.recipe.optimizer import make_optimizer, make_schedule
 from vvt_jax.recipe.step import Totals, TrainState, init_state, make_train_step
@@ -81,7 +82,7 @@ def train_and_evaluate(
     may_write = config.mode == "train" or workdir.exists()
     made = Provenance(config, workdir, flagged)
     cache_dir = workdir / "offsets" if may_write else None
-    sources = made.match(_open_sources(made.config.data, cache_dir, made.cuts))
+    sources = made.match(_open_sources(made.config, cache_dir, made.cuts))
     run = _Run(made.config, sources)
     data_lines = run.describe_data()
     if config.mode == "eval":
@@ -230,7 +231,7 @@ def see_batch(
     """
     configuration.check_values(config)
     made = Provenance(config, None, flagged)
-    sources = made.match(_open_sources(made.config.data, cuts=made.cuts))
+    sources = made.match(_open_sources(made.config, cuts=made.cuts))
     run = _Run(made.config, sources)
     images, targets = run.see_batch(step)
     return images, targets, run.preprocessing, sources["train"].class_names
@@ -260,7 +261,8 @@ class _Run:
                     "no examples."
                 )
         data = config.data
-        self._task = make_task(config, sources["train"])
+        self._main = sources.get("train", next(iter(sources.values())))
+        self._task = make_task(config, self._main)
         self._model = self._task.model
         self.preprocessing = self._task.card["preprocessing"]
         self.mesh = parallel.make_mesh(
@@ -269,7 +271,36 @@ class _Run:
             height=data.size[0],
         )
 
-        examples = len(sources["train"].examples)
+        training = config.mode == "train"
+        optimizer = self._plan_training() if training else optax.identity()
+        self._init = functools.partial(
+            init_state,
+            self._model,
+            optimizer,
+            (1, *data.size, 3),
+            ema=config.optimizer.ema_decay > 0,
+        )
+        with naming("config.data.size"):
+            check_image_shape((1, *data.size, 3))
+        with naming("config.optimizer.freeze"):
+            shapes = jax.eval_shape(self._init, config.seed)
+        self._shardings = parallel.state_shardings(self.mesh, shapes)
+        self.abstract_state = parallel.abstract(self._shardings, shapes)
+        if training:
+            self._train_step = make_train_step(
+                self._model,
+                optimizer,
+                prepare=self._task.prepare,
+                loss=self._task.loss,
+                ema_decay=config.optimizer.ema_decay,
+                accumulate=config.optimizer.accumulate,
+                freeze=config.optimizer.freeze,
+                skip_nonfinite=config.optimizer.skip_nonfinite,
+            )
+
+    def _plan_training(self) -> optax.GradientTransformation:
+        """Says how long the run is and how often it does what; its optimizer."""
+        config, examples = self._config, len(self._sources["train"].examples)
 
         def in_steps(name: str, default_steps: int | None = None) -> int:
             steps = configuration.in_steps(
@@ -297,31 +328,7 @@ class _Run:
             config.batch_size,
             examples / config.batch_size,
         )
-        optimizer = make_optimizer(config.optimizer, self._schedule)
-
-        self._init = functools.partial(
-            init_state,
-            self._model,
-            optimizer,
-            (1, *data.size, 3),
-            ema=config.optimizer.ema_decay > 0,
-        )
-        with naming("config.data.size"):
-            check_image_shape((1, *data.size, 3))
-        with naming("config.optimizer.freeze"):
-            shapes = jax.eval_shape(self._init, config.seed)
-        self._shardings = parallel.state_shardings(self.mesh, shapes)
-        self.abstract_state = parallel.abstract(self._shardings, shapes)
-        self._train_step = make_train_step(
-            self._model,
-            optimizer,
-            prepare=self._task.prepare,
-            loss=self._task.loss,
-            ema_decay=config.optimizer.ema_decay,
-            accumulate=config.optimizer.accumulate,
-            freeze=config.optimizer.freeze,
-            skip_nonfinite=config.optimizer.skip_nonfinite,
-        )
+        return make_optimizer(config.optimizer, self._schedule)
 
     def describe(self) -> str:
         """The run in a line: how long it is, and how often it does what."""
@@ -339,13 +346,13 @@ class _Run:
         Raises:
             DataError: masks that can't be learnt from.
         """
-        train = self._sources["train"]
+        main = self._main
         counts = [f"{part} {len(source.examples)}" for part, source in self._sources.items()]
-        told = [f"{train.name}: {train.num_classes} classes; images: {', '.join(counts)}."]
+        told = [f"{main.name}: {main.num_classes} classes; images: {', '.join(counts)}."]
         for source in self._sources.values():
             told += [line for line in source.left_out if line not in told]
-        if train.pixels and self._config.mode == "train":
-            told += survey_masks(train).sentences(train.class_names)
+        if main.pixels and self._config.mode == "train":
+            told += survey_masks(main).sentences(main.class_names)
         return told
 
     def describe_layout(self, path: AnyPath) -> list[str]:
@@ -378,7 +385,7 @@ class _Run:
             start,
             self._model,
             hosts.fetch(state.variables()),
-            self._sources["train"].class_names,
+            self._main.class_names,
             keep_head=keep_head,
         )
         params = variables.pop("params")
@@ -614,7 +621,7 @@ class _Run:
         data = self._config.data
         return imagenet_sets.open_sets(
             data.eval_also,
-            self._sources["train"].class_names,
+            self._main.class_names,
             self._model.num_classes,
             data_dir=data.data_dir if data.source.startswith("tfds:") else None,
             cache_dir=cache_dir,
@@ -657,24 +664,21 @@ class _Run:
 
 
 def _open_sources(
-    data: ConfigDict,
+    config: ConfigDict,
     cache_dir: AnyPath | None = None,
     cuts: Mapping[str, Cut] | None = None,
 ) -> dict[str, Source]:
-    sources = {
+    return {
         part: open_source(
-            data.source,
+            config.data.source,
             split,
-            data_dir=data.data_dir,
+            data_dir=config.data.data_dir,
             cache_dir=cache_dir,
             cut=None if cuts is None else cuts[part],
-            upright=data.upright,
+            upright=config.data.upright,
         )
-        for part, split in splits_of(data).items()
+        for part, split in opened_splits(config).items()
     }
-    if "train" not in sources:
-        raise ConfigError("config.data.train_split is empty: training needs a split.")
-    return sources
 
 
 def _check_finite(totals: Totals) -> None:
@@ -705,7 +709,7 @@ def _evaluate_only(
                 raise ConfigError(
                     f"{workdir} has no checkpoint to evaluate: is it the run's folder?"
                 )
-            state, _ = checkpoints.restore(run.abstract_state)
+            state, _ = checkpoints.restore(run.abstract_state, without=("opt_state",))
     told = [*run.describe_rows(), *told]
     folder = workdir / "evaluation"
     metrics = run.evaluate(state, "validation", "eval", folder, say=told.append)

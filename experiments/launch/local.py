@@ -5,9 +5,11 @@
     python -m experiments.launch.local --processes=2 --devices=4 -- \\
         --config=configs/digits.py --workdir=runs/digits
 
-What follows `--` goes to `python -m vvt_jax.main`. A lost process ends the others, at the latest
-after `config.distributed.heartbeat_timeout`; the group then goes on from its newest checkpoint.
-SIGTERM and Ctrl-C save and end it. An error that every process reports itself is not tried again.
+What follows `--` goes to `python -m vvt_jax.main`. After a process is lost or fails, the others
+end within `--grace` seconds, and the group starts again from its newest checkpoint. A mistake that
+only the user can mend (exit status 1) ends it for good, and so do SIGTERM and Ctrl-C, which save.
+
+Exit status: 0 on success; that of the processes otherwise, 128 + N for one that signal N ended.
 """
 
 import argparse
@@ -19,6 +21,8 @@ import sys
 import time
 from collections.abc import Sequence
 
+from vvt_jax import failure
+
 _LOOK = 0.2  # seconds between looks at the processes
 
 
@@ -29,9 +33,12 @@ def main() -> int:
     parser.add_argument("--processes", type=int, required=True)
     parser.add_argument("--gpus_each", type=int, help="GPUs of a process, dealt out in order")
     parser.add_argument("--devices", type=int, help="simulated CPU devices of a process")
-    parser.add_argument("--restarts", type=int, default=10, help="at most, after a loss")
+    parser.add_argument("--restarts", type=int, default=10, help="how often to start again at most")
     parser.add_argument(
-        "--grace", type=float, default=0.0, help="seconds for the others to end by themselves"
+        "--grace",
+        type=float,
+        default=30.0,
+        help="seconds that the others get to end by themselves after the first has failed",
     )
     parser.add_argument("arguments", nargs="+", help="of python -m vvt_jax.main, after --")
     options = parser.parse_args()
@@ -43,10 +50,12 @@ def main() -> int:
         if start:
             print(f"Restart {start} of {options.restarts}.", flush=True)
         statuses = group.run()
-        lost = any(status < 0 for status in statuses)
+        if failure.USER_ERROR in statuses:
+            return failure.USER_ERROR
+        lost = any(status < 0 or status == failure.CRASH for status in statuses)
         if not lost or group.signalled:
             break
-    return max((abs(status) for status in statuses), default=0)
+    return max(128 - status if status < 0 else status for status in statuses)
 
 
 class Group:
@@ -65,13 +74,13 @@ class Group:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self._processes = [self._start(i, port) for i in range(self._options.processes)]
-        told: set[int] = set()
+        reported: set[int] = set()
         end: float | None = None  # when those that are left are killed
         while True:
             running = [p for p in self._processes if p.poll() is None]
             for i, process in enumerate(self._processes):
-                if process.returncode is not None and i not in told:
-                    told.add(i)
+                if process.returncode is not None and i not in reported:
+                    reported.add(i)
                     print(f"Process {i} ended with {process.returncode}.", flush=True)
                     if process.returncode and end is None and not self.signalled:
                         end = time.monotonic() + self._options.grace

@@ -14,17 +14,21 @@
 #SBATCH --open-mode=append
 #SBATCH --output=vvt-%j.log
 
+# srun does not take this from sbatch since Slurm 22.05, and would give each task one core.
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+
 # jax takes the GPU whose number is the task's number on its node. So each task has to see all of
 # its node's: no --gpus-per-task, no --gpu-bind.
 for attempt in $(seq 1 10); do
-  # One lost process ends the step, and the next one goes on from the newest checkpoint.
-  srun --kill-on-bad-exit=1 .venv/bin/python -m vvt_jax.main "$@"
+  # After one process has failed, the others end by themselves, with its message and status. What
+  # is still running two minutes later is killed: no process can do anything without the others.
+  srun --kill-on-bad-exit=0 --wait=120 .venv/bin/python -m vvt_jax.main "$@"
   status=$?
   case $status in
     0) exit 0 ;;
     1) exit 1 ;;                                           # a mistake that would come again
     143) scontrol requeue "$SLURM_JOB_ID"; exit $status ;; # saved: time was up
   esac
-  echo "Attempt $attempt ended with $status."
+  echo "Attempt $attempt ended with $status." # 70: an unexpected error; above 128: a signal
 done
 exit "$status"
