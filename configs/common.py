@@ -4,7 +4,7 @@
 
 The fields are locked: one that is not listed here is refused. A field that says "None: ..." is
 empty until it is given. Older runs lack a field that is added here, and go on with its default: if
-that changes what the program did, `_BEFORE` in vvt_jax/configuration.py says what it was.
+that changes what the program did, `_BEFORE` in vvt_jax/training/configuration.py says what it was.
 """
 
 from ml_collections import ConfigDict

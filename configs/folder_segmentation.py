@@ -1,4 +1,4 @@
-"""Your own images and masks: see the text of vvt_jax/data/folder_segmentation.py for the layout.
+"""Your own images and masks: vvt_jax/data/sources/folder_segmentation.py has the layout.
 
     python -m vvt_jax.main --config=configs/folder_segmentation.py:vvt_tiny,fpn \
         --workdir=runs/mine --config.data.data_dir=FOLDER --config.init_from=MODEL_FOLDER

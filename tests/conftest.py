@@ -109,7 +109,7 @@ def draw_variables(model, seed: int = 0) -> dict:
     import numpy as np
     from flax.traverse_util import unflatten_dict
 
-    from vvt_jax.weights import variable_shapes
+    from vvt_jax.weights.shapes import variable_shapes
 
     rng = np.random.default_rng(seed)
     drawn = {}
@@ -167,7 +167,7 @@ def digits_folder():
 @pytest.fixture(scope="session")
 def predictor(digits_folder):
     """It as a Predictor, for all that don't change it: its programs are compiled once."""
-    from vvt_jax.predictor import Predictor
+    from vvt_jax.inference.predictor import Predictor
 
     return Predictor(digits_folder)
 
@@ -192,7 +192,7 @@ def read_metrics():
 @pytest.fixture(scope="session")
 def write_tfrecord():
     """Writes records into a file as TensorFlow does."""
-    from vvt_jax.data.tfrecord import masked_crc
+    from vvt_jax.data.sources.tfrecord import masked_crc
 
     def write(path: Path, records: Iterable[bytes]) -> None:
         with path.open("wb") as file:

@@ -175,7 +175,7 @@ def _serve(connection: socket.socket) -> None:
     import sklearn.datasets
     import tensorboardX
 
-    import vvt_jax.predictor
+    import vvt_jax.inference.predictor
     import vvt_jax.train
 
     del absl, matplotlib, ml_collections, sklearn, tensorboardX, vvt_jax

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vvt_jax import attention, forms
+from vvt_jax import attention
+from vvt_jax.models import forms
 
 _GRIDS = [(1, 1), (1, 7), (7, 1), (3, 5)]
 _QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

@@ -8,7 +8,7 @@ import pytest
 from tests import fork_server
 from vvt_jax import benchmark
 from vvt_jax.benchmark import Program, Setting
-from vvt_jax.errors import UserError
+from vvt_jax.system.errors import UserError
 
 _SMALL = ["--model=vvt_nano", "--size=32x64", "--batch=2", "--seconds=0.1"]
 

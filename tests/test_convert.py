@@ -17,10 +17,12 @@ import numpy as np
 import pytest
 
 import vvt_jax
-from vvt_jax import convert, torch_files
+from vvt_jax import convert
 from vvt_jax.data.imagenet import class_names
-from vvt_jax.errors import UserError
-from vvt_jax.weights import WeightsError
+from vvt_jax.system.errors import UserError
+from vvt_jax.weights import torch_files
+from vvt_jax.weights.published import published_shapes, recognise
+from vvt_jax.weights.shapes import WeightsError
 
 _MICRO = {"depths": (1, 2, 1, 3), "embed_dims": (8, 8, 16, 24), "num_classes": 5, "unroll": False}
 
@@ -234,16 +236,16 @@ def test_published_forms_give_the_golden_logits(tmp_path, form, published):
 @pytest.mark.parametrize("name", _SIZES)
 def test_published_sizes_are_told_from_their_shapes(name):
     model = vvt_jax.create_model(name)
-    assert convert.recognise(_SIZES[name]) == model
+    assert recognise(_SIZES[name]) == model
     headless = {k: v for k, v in _SIZES[name].items() if not k.startswith("head.")}
-    assert convert.recognise(headless) == model.clone(num_classes=0)
-    assert convert.recognise(_SIZES[name], dtype="bfloat16").dtype == "bfloat16"
-    assert list(convert.published_shapes(model)) == list(_SIZES[name])
+    assert recognise(headless) == model.clone(num_classes=0)
+    assert recognise(_SIZES[name], dtype="bfloat16").dtype == "bfloat16"
+    assert list(published_shapes(model)) == list(_SIZES[name])
 
 
 def test_the_softmax_ablation_is_told_from_its_shapes():
     model = vvt_jax.create_model("vvt_tiny", attention="softmax", num_classes=7)
-    assert convert.recognise(convert.published_shapes(model)) == model
+    assert recognise(published_shapes(model)) == model
 
 
 def _refused(path, *words, name=None, **fields):

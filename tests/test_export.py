@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
 
-from vvt_jax import create_model, export, forms, load_pretrained, save_pretrained
-from vvt_jax.weights import variable_shapes
+from vvt_jax import create_model, export, load_pretrained, save_pretrained
+from vvt_jax.models import forms
+from vvt_jax.weights.shapes import variable_shapes
 
 _CARD = {
     "preprocessing": {

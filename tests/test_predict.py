@@ -18,11 +18,12 @@ import pytest
 import vvt_jax
 from tests import fork_server
 from tests.conftest import draw_variables
-from vvt_jax import explain, predict
+from vvt_jax import predict
 from vvt_jax.data import overlay
 from vvt_jax.data.image_files import SUFFIXES
 from vvt_jax.data.preprocess import to_rgb
 from vvt_jax.data.sources import open_source
+from vvt_jax.inference import explain
 
 _KINDS = ", ".join(suffix[1:] for suffix in SUFFIXES)
 

@@ -17,8 +17,9 @@ import pytest
 
 from tests import fork_server
 from vvt_jax import prepare as prepare_lib
-from vvt_jax.data import fashion_mnist
-from vvt_jax.data.sources import DataError, open_source
+from vvt_jax.data.builders import fashion_mnist
+from vvt_jax.data.examples import DataError
+from vvt_jax.data.sources import open_source
 from vvt_jax.prepare import prepare
 
 _CLASSES = ("n01440764", "n01443537", "n15075141")  # labels 0, 1 and 999

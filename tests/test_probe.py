@@ -7,7 +7,7 @@ import pytest
 
 from tests import fork_server
 from vvt_jax import probe
-from vvt_jax.errors import UserError
+from vvt_jax.system.errors import UserError
 
 
 def _clusters(examples, seed, spread=0.1):

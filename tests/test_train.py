@@ -16,12 +16,13 @@ import pytest
 
 import vvt_jax
 from tests.conftest import WIDTHS
-from vvt_jax import parallel, train
-from vvt_jax.checkpoint import Checkpoints
-from vvt_jax.configuration import ConfigError
+from vvt_jax import train
 from vvt_jax.data.sources import open_source
-from vvt_jax.pretrained import load_pretrained
+from vvt_jax.distributed import sharding
 from vvt_jax.train import NonFiniteLossError, train_and_evaluate
+from vvt_jax.training.checkpoint import Checkpoints
+from vvt_jax.training.configuration import ConfigError
+from vvt_jax.weights.pretrained import load_pretrained
 
 _FINISHED = {}
 
@@ -212,7 +213,7 @@ def test_the_compiled_step_takes_the_memory_over_and_no_other_shape(make_run):
     train_step = run.compile_train_step()
     stream = run.broken_images(print).watch(run.train_batches(0))
     with contextlib.closing(stream) as batches:
-        (batch,) = parallel.to_devices([next(batches)], run.mesh)
+        (batch,) = sharding.to_devices([next(batches)], run.mesh)
         new, done = train_step(state, batch)
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
         with pytest.raises(TypeError, match=r"uint8\[64,32,32,3\]"):

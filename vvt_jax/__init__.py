@@ -10,40 +10,42 @@ from typing import TYPE_CHECKING
 
 # So while Python looks for a command of this package, `python -m vvt_jax.x`, and has loaded no more
 if sys.argv[:1] == ["-m"]:
-    from vvt_jax.huge_pages import restart_with_huge_pages
+    from vvt_jax.system.huge_pages import restart_with_huge_pages
 
     restart_with_huge_pages()
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Predictor": "vvt_jax.predictor",
+    "Predictor": "vvt_jax.inference.predictor",
     "create_model": "vvt_jax.models",
     "create_segmenter": "vvt_jax.models",
     "list_models": "vvt_jax.models",
-    "load_pretrained": "vvt_jax.pretrained",
-    "save_pretrained": "vvt_jax.pretrained",
+    "load_pretrained": "vvt_jax.weights.pretrained",
+    "save_pretrained": "vvt_jax.weights.pretrained",
     "preprocess": "vvt_jax.data.preprocess",
     "train_and_evaluate": "vvt_jax.train",
 }
-_SUBMODULES = (
-    "attention",
-    "convert",
-    "data",
-    "explain",
-    "models",
-    "pretrained",
-    "segment",
-    "train",
-)
+_SUBMODULES = {
+    "attention": "vvt_jax.attention",
+    "convert": "vvt_jax.convert",
+    "data": "vvt_jax.data",
+    "explain": "vvt_jax.inference.explain",
+    "models": "vvt_jax.models",
+    "pretrained": "vvt_jax.weights.pretrained",
+    "segment": "vvt_jax.inference.segment",
+    "train": "vvt_jax.train",
+}
 
 if TYPE_CHECKING:  # what the lazy lookup below resolves to
-    from vvt_jax import attention, convert, data, explain, models, pretrained, segment, train
+    from vvt_jax import attention, convert, data, models, train
     from vvt_jax.data.preprocess import preprocess
+    from vvt_jax.inference import explain, segment
+    from vvt_jax.inference.predictor import Predictor
     from vvt_jax.models import create_model, create_segmenter, list_models
-    from vvt_jax.predictor import Predictor
-    from vvt_jax.pretrained import load_pretrained, save_pretrained
     from vvt_jax.train import train_and_evaluate
+    from vvt_jax.weights import pretrained
+    from vvt_jax.weights.pretrained import load_pretrained, save_pretrained
 
 __all__ = [
     "Predictor",
@@ -67,7 +69,7 @@ __all__ = [
 
 def __getattr__(name: str):
     if name in _SUBMODULES:
-        return importlib.import_module(f"vvt_jax.{name}")
+        return importlib.import_module(_SUBMODULES[name])
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'vvt_jax' has no attribute '{name}'")

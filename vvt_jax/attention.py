@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vvt_jax import forms
+from vvt_jax.models import forms
 
 LOCALITIES = ("sum", "product", "1d", "none")
 _EPSILON = 1e-4  # added to the denominator, so that a query without any match divides by it
@@ -78,8 +78,8 @@ def vicinity_attention(
         value: `[batch, height, width, heads, value_dim]`.
         locality: one of `LOCALITIES`.
         clamp: apply the published clamps (see `clamp_magnitude`); published weights need them.
-        form: `"concatenated"` or `"separable"`, equal to rounding; by default what `vvt_jax.forms`
-            chooses.
+        form: `"concatenated"` or `"separable"`, equal to rounding; by default what
+            `vvt_jax.models.forms` chooses.
 
     Returns:
         `[batch, height, width, heads, value_dim]` in the dtype of value.

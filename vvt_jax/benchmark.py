@@ -30,13 +30,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vvt_jax import costs, forms, hlo, parallel
-from vvt_jax.errors import UserError
-from vvt_jax.models import VVT, create_model, unstack_blocks
-from vvt_jax.recipe import mixing
-from vvt_jax.recipe.optimizer import make_optimizer
-from vvt_jax.recipe.step import init_state, make_train_step
-from vvt_jax.weights import smallest_image
+from vvt_jax.costs import counting, hlo
+from vvt_jax.distributed import sharding
+from vvt_jax.models import VVT, create_model, forms, unstack_blocks
+from vvt_jax.system.errors import UserError
+from vvt_jax.training import mixing
+from vvt_jax.training.optimizer import make_optimizer
+from vvt_jax.training.step import init_state, make_train_step
+from vvt_jax.weights.shapes import smallest_image
 
 _MATMUL = 2048  # side of the matrices whose product is the yardstick
 _LEAST_ROUNDS = 5
@@ -68,7 +69,7 @@ class Setting:
         batch: images a call, over all devices.
         train: a training step (AdamW), or else a forward pass.
         fields: of the model, that differ from the named one's.
-        forms: of operations, that differ from the platform's own; see `vvt_jax.forms`.
+        forms: of operations, that differ from the platform's own; see `vvt_jax.models.forms`.
         mesh: devices along each axis; see `parallel.make_mesh`.
     """
 
@@ -149,11 +150,11 @@ class Program:
         self.devices = self._mesh.devices.size
 
     def _abstract(self, shapes: Any) -> Any:
-        return parallel.abstract(parallel.state_shardings(self._mesh, shapes), shapes)
+        return sharding.abstract(sharding.state_shardings(self._mesh, shapes), shapes)
 
     def _abstract_batch(self, **arrays: tuple[tuple[int, ...], Any]) -> dict[str, Any]:
         shapes = {name: jax.ShapeDtypeStruct(*kind) for name, kind in arrays.items()}
-        return parallel.abstract(parallel.batch_shardings(self._mesh, shapes), shapes)
+        return sharding.abstract(sharding.batch_shardings(self._mesh, shapes), shapes)
 
     def _build_forward(self) -> tuple[jax.stages.Compiled, Callable]:
         shape = (self.setting.batch, self.setting.height, self.setting.width, 3)
@@ -163,7 +164,7 @@ class Program:
             return unstack_blocks(self.model.init(jax.random.key(0), smallest_image()))
 
         variables = self._abstract(jax.eval_shape(init))
-        compiled = parallel.compile_program("forward", self.model.apply, variables, images)
+        compiled = sharding.compile_program("forward", self.model.apply, variables, images)
 
         def make_run():
             own = _initialise(init, variables)
@@ -191,7 +192,7 @@ class Program:
         )
         step = make_train_step(self.model, optimizer, prepare=prepare)
         shardings = jax.tree.map(lambda x: x.sharding, state)
-        compiled = parallel.compile_program(
+        compiled = sharding.compile_program(
             "train", step, state, batch, donate=(0,), out_shardings=shardings
         )
 
@@ -219,15 +220,15 @@ class Program:
     @functools.cached_property
     def chosen_forms(self) -> forms.Forms:
         """The forms that the program was compiled with."""
-        place = parallel.compiling_for(self._mesh)
+        place = sharding.compiling_for(self._mesh)
         with place, forms.use(**self.setting.forms) as chosen:
             return chosen
 
     @functools.cached_property
-    def layers(self) -> list[costs.LayerCost]:
+    def layers(self) -> list[counting.LayerCost]:
         """The forward cost of each layer on one image."""
         with forms.use(**dataclasses.asdict(self.chosen_forms)):
-            return costs.count(self.model, self.setting.height, self.setting.width)
+            return counting.count(self.model, self.setting.height, self.setting.width)
 
     @property
     def published_multiply_adds(self) -> int:
@@ -254,7 +255,7 @@ class Program:
             "device": self.device_kind,
             "devices": self.devices,
             "forms": dataclasses.asdict(self.chosen_forms),
-            "parameters": costs.parameter_count(self.model),
+            "parameters": counting.parameter_count(self.model),
             "multiply_adds": self.published_multiply_adds,
             "multiply_adds_actual": (3 if setting.train else 1) * sum(x.actual for x in layers),
             "activations": sum(layer.activations for layer in layers),
@@ -347,10 +348,10 @@ def parse_mesh(text: str) -> dict[str, int]:
     mesh = {}
     for part in text.split(","):
         axis, _, size = part.partition(":")
-        if axis not in parallel.AXES or not size.removeprefix("-").isdecimal():
+        if axis not in sharding.AXES or not size.removeprefix("-").isdecimal():
             raise UserError(
                 f"The mesh {text!r} is not understood: it is like data:2,spatial:2, of "
-                f"{', '.join(parallel.AXES)}."
+                f"{', '.join(sharding.AXES)}."
             )
         mesh[axis] = int(size)
     return mesh
@@ -465,11 +466,11 @@ def _seconds(run: Callable[[], Any]) -> float:
 
 
 def _make_mesh(setting: Setting, devices: Sequence[jax.Device] | None):
-    sizes = {axis: setting.mesh.get(axis, 1) for axis in parallel.AXES}
+    sizes = {axis: setting.mesh.get(axis, 1) for axis in sharding.AXES}
     devices = jax.devices() if devices is None else devices
     if -1 not in sizes.values():
         devices = devices[: int(np.prod(list(sizes.values())))]
-    return parallel.make_mesh(sizes, setting.batch, height=setting.height, devices=devices)
+    return sharding.make_mesh(sizes, setting.batch, height=setting.height, devices=devices)
 
 
 def _initialise(init: Callable[[], Any], abstract: Any) -> Any:
@@ -526,7 +527,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = [base.changed(text) for text in flags.compare] if flags.compare else [base]
     wanted = max(math.prod(setting.mesh.values()) for setting in settings)
     if wanted > 1 and not flags.target:
-        parallel.simulate_devices(wanted)
+        sharding.simulate_devices(wanted)
     devices = target_devices(flags.target) if flags.target else None
     programs = [Program(setting, devices) for setting in settings]
     results = [program.describe() for program in programs]

@@ -29,12 +29,12 @@ import jax
 import jax.export
 import jax.numpy as jnp
 
-from vvt_jax import forms, onnx_export
-from vvt_jax.convert import check_output, parse_fields
-from vvt_jax.errors import UserError
-from vvt_jax.models import VVT
+from vvt_jax.inference import onnx_export
+from vvt_jax.models import VVT, forms
 from vvt_jax.models.vvt import SMALLEST_SIDE, unstack_blocks
-from vvt_jax.pretrained import load_pretrained
+from vvt_jax.system.command_line import check_output, parse_fields
+from vvt_jax.system.errors import UserError
+from vvt_jax.weights.pretrained import load_pretrained
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _DEFAULT_PLATFORMS = ("cpu", "cuda", "tpu")

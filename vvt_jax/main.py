@@ -13,9 +13,9 @@ import traceback
 from absl import app, flags
 from ml_collections import config_flags
 
-from vvt_jax.configuration import ConfigError, flagged_fields, parse_flags
-from vvt_jax.errors import UnwrittenError, UserError
-from vvt_jax.output import outlive_readers
+from vvt_jax.system.errors import UnwrittenError, UserError
+from vvt_jax.system.output import outlive_readers
+from vvt_jax.training.configuration import ConfigError, flagged_fields, parse_flags
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file with get_config(); configs/common.py lists the fields."
@@ -27,10 +27,10 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(argv: list[str]) -> None:
-    from vvt_jax import failure, parallel  # after --help and flag errors
+    from vvt_jax.distributed import failure, sharding  # after --help and flag errors
     from vvt_jax.train import Interrupted, train_and_evaluate
 
-    parallel.give_simulated_devices_time()
+    sharding.give_simulated_devices_time()
     try:
         if argv[1:]:
             raise ConfigError(f"Not a flag: {argv[1]}; a field is given as --config.field=value.")

@@ -30,14 +30,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import PIL.Image
 
-from vvt_jax import storage
+from vvt_jax.data.examples import BrokenImageError
 from vvt_jax.data.image_files import SUFFIXES, list_files
-from vvt_jax.data.sources import BrokenImageError
-from vvt_jax.errors import UserError
-from vvt_jax.storage import SizeLimit
+from vvt_jax.system import storage
+from vvt_jax.system.errors import UserError
+from vvt_jax.system.storage import SizeLimit
 
 if TYPE_CHECKING:
-    from vvt_jax.predictor import Prediction, Predictor
+    from vvt_jax.inference.predictor import Prediction, Predictor
 
 
 def read_labels(path: str | os.PathLike) -> list[str]:
@@ -287,9 +287,11 @@ def _predict(options: argparse.Namespace, complain: Callable[[str], None]) -> No
         if options.masks is not None:
             endings = (".overlay.png", ".mask.png")
             pictures = Pictures("--masks", options.masks, found, endings, force=options.force)
-    from vvt_jax import explain  # after all that a glance can tell, since it takes seconds
+    from vvt_jax.inference import (
+        explain,  # after all that a glance can tell, since it takes seconds
+    )
+    from vvt_jax.inference.predictor import Predictor
     from vvt_jax.models import Segmenter
-    from vvt_jax.predictor import Predictor
 
     if options.heatmap is not None:
         explain.check_matplotlib()
@@ -324,8 +326,8 @@ def _classify(
     options: argparse.Namespace,
     complain: Callable[[str], None],
 ) -> None:
-    from vvt_jax import explain
-    from vvt_jax.predictor import batched, logits_of
+    from vvt_jax.inference import explain
+    from vvt_jax.inference.predictor import batched, logits_of
 
     predictor.check_classifier()
     class_map = explain.class_map_of(options.stage or explain.default_stage(predictor))
@@ -360,8 +362,8 @@ def _segment(
     complain: Callable[[str], None],
 ) -> None:
     from vvt_jax.data import overlay
-    from vvt_jax.predictor import read_upright
-    from vvt_jax.segment import segment_image
+    from vvt_jax.inference.predictor import read_upright
+    from vvt_jax.inference.segment import segment_image
 
     if options.format == "csv":
         print("image,rank,label,name,share")

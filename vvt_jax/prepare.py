@@ -22,9 +22,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vvt_jax import storage
-from vvt_jax.data.sources import DataError
-from vvt_jax.errors import UserError
+from vvt_jax.data.examples import DataError
+from vvt_jax.system import storage
+from vvt_jax.system.errors import UserError
 
 _SHARD_BYTES = 2**27  # of the examples in one file
 
@@ -118,7 +118,7 @@ def prepare(
 
 
 def _fashion_mnist(root: Path, manual_dir: str | None) -> Path:
-    from vvt_jax.data import fashion_mnist
+    from vvt_jax.data.builders import fashion_mnist
 
     given = Path(manual_dir).expanduser() if manual_dir else fashion_mnist.PACKAGED
     for names in fashion_mnist.FILES.values():
@@ -132,7 +132,7 @@ def _fashion_mnist(root: Path, manual_dir: str | None) -> Path:
 
 
 def _ade20k(root: Path, manual_dir: str | None) -> Path:
-    from vvt_jax.data import ade20k
+    from vvt_jax.data.builders import ade20k
 
     if not manual_dir:
         raise DataError(
@@ -180,7 +180,7 @@ def _run_builder(make: Callable[[], Any]) -> Path:
 def _imagenet(root: Path, archives: Path) -> Path:
     from tensorflow_datasets.core import example_serializer
 
-    from vvt_jax.data import ilsvrc2012
+    from vvt_jax.data.builders import ilsvrc2012
 
     folder = root / ilsvrc2012.NAME / ilsvrc2012.VERSION
     if folder.exists():
@@ -204,8 +204,8 @@ def _imagenet(root: Path, archives: Path) -> Path:
 
 
 def _from_tfrecord(name: str, root: Path, given: Path) -> Path:
-    from vvt_jax.data.prepared import open_builder
-    from vvt_jax.data.tfrecord import TFRecords
+    from vvt_jax.data.sources.prepared import open_builder
+    from vvt_jax.data.sources.tfrecord import TFRecords
 
     info = open_builder(name, os.fspath(given)).info
     if info.file_format is None or info.file_format.value != "tfrecord":

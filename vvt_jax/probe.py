@@ -19,9 +19,9 @@ import numpy as np
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from vvt_jax import configuration
-from vvt_jax.configuration import ConfigError, parse_flags
-from vvt_jax.errors import UserError
+from vvt_jax.system.errors import UserError
+from vvt_jax.training import configuration
+from vvt_jax.training.configuration import ConfigError, parse_flags
 
 NEIGHBOURS = 20
 _TEMPERATURE = 0.07  # of the neighbours' weights
@@ -89,9 +89,9 @@ def pooled_features(predictor: Any, source: Any, data: ConfigDict) -> tuple[np.n
         source: a `Source`.
         data: `config.data`, for its workers and threads.
     """
+    from vvt_jax.data.examples import DataError
     from vvt_jax.data.loader import eval_batches, why_broken, without_flags
-    from vvt_jax.data.sources import DataError
-    from vvt_jax.predictor import pooled_of
+    from vvt_jax.inference.predictor import pooled_of
 
     batches = eval_batches(
         source,
@@ -119,7 +119,7 @@ def run(model: str, config: ConfigDict, name: str | None = None) -> dict[str, An
         UserError: as by `Predictor` and `open_source`; a config without a split to measure on.
     """
     from vvt_jax.data.sources import open_source
-    from vvt_jax.predictor import Predictor
+    from vvt_jax.inference.predictor import Predictor
 
     data = config.data
     measured = data.test_split or data.validation_split

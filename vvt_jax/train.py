@@ -14,28 +14,30 @@ import optax
 import PIL.Image
 from ml_collections import ConfigDict
 
-from vvt_jax import charts, configuration, costs, forms, hosts, parallel, storage
-from vvt_jax.checkpoint import Best, Checkpoints, check_folder
-from vvt_jax.configuration import ConfigError
-from vvt_jax.data import imagenet_sets
+from vvt_jax.costs import counting
+from vvt_jax.data.examples import Cut, DataError, Source
 from vvt_jax.data.loader import BrokenImages, train_batches, why_broken
 from vvt_jax.data.mask_survey import survey_masks
-from vvt_jax.data.sources import Cut, DataError, Source, open_source
-from vvt_jax.errors import UserError, telling_of_full_disks
-from vvt_jax.finetune import StartingWeights, initial_variables
-from vvt_jax.interruption import Interrupted, Interruption
-from vvt_jax.lock import WorkdirLock, check_workdir
-from vvt_jax.models import unstack_blocks
+from vvt_jax.data.sources import imagenet_sets, open_source
+from vvt_jax.distributed import hosts, sharding
+from vvt_jax.models import forms, unstack_blocks
 from vvt_jax.models.vvt import check_image_shape
-from vvt_jax.pretrained import save_pretrained
-from vvt_jax.provenance import Provenance, opened_splits
-from vvt_jax.recipe import mixing
-from vvt_jax.recipe.optimizer import make_optimizer, make_schedule
-from vvt_jax.recipe.step import Totals, TrainState, init_state, make_train_step
-from vvt_jax.reporting import Reporter, SilentReporter, describe
-from vvt_jax.storage import AnyPath
-from vvt_jax.tasks import Measured, make_task, naming
-from vvt_jax.timing import Stopwatch, Trace
+from vvt_jax.system import storage
+from vvt_jax.system.errors import UserError, telling_of_full_disks
+from vvt_jax.system.interruption import Interrupted, Interruption
+from vvt_jax.system.lock import WorkdirLock, check_workdir
+from vvt_jax.system.storage import AnyPath
+from vvt_jax.training import charts, configuration, mixing
+from vvt_jax.training.checkpoint import Best, Checkpoints, check_folder
+from vvt_jax.training.configuration import ConfigError
+from vvt_jax.training.finetune import StartingWeights, initial_variables
+from vvt_jax.training.optimizer import make_optimizer, make_schedule
+from vvt_jax.training.provenance import Provenance, opened_splits
+from vvt_jax.training.reporting import Reporter, SilentReporter, describe
+from vvt_jax.training.step import Totals, TrainState, init_state, make_train_step
+from vvt_jax.training.tasks import Measured, make_task, naming
+from vvt_jax.training.timing import Stopwatch, Trace
+from vvt_jax.weights.pretrained import save_pretrained
 
 _LAYOUT_LINES = 8  # of the table of what devices hold, that are printed
 _LOG_EVERY = 20  # steps, where the config says nothing
@@ -51,7 +53,7 @@ def train_and_evaluate(
     """Trains as the config says, or goes on with what the workdir holds, and evaluates.
 
     The workdir gets `config.json`, `record.json` and `examples/` (what the run was made from, see
-    `vvt_jax.run_record`), `layout.txt` (what each device holds), `checkpoints/`,
+    `vvt_jax.training.run_record`), `layout.txt` (what each device holds), `checkpoints/`,
     `metrics.jsonl`, TensorBoard files and, from the first evaluation on, `model/`: a
     `save_pretrained` folder of the weights with the highest validation top-1 (or mIoU) so far (the
     averaged ones where `optimizer.ema_decay` is set; the last ones where there is no validation
@@ -60,7 +62,7 @@ def train_and_evaluate(
     Args:
         config: see `configs/common.py`.
         workdir: the run's folder, also a `gs://` address; given again, the run resumes. What is
-            different there: `vvt_jax.storage`; and TensorBoard files are written to folders only.
+            different there: `vvt_jax.system.storage`; TensorBoard files go into folders only.
         flagged: fields, such as `data.size`, that were set on the command line: they go before
             what a run or a model recorded, which goes before the rest of the config.
 
@@ -163,10 +165,10 @@ def train_and_evaluate(
         if step and run.owes_measurements(step, reporter):
             measure({}, validate=run.due(step)[1], save=False)
         unread: _Unread | None = None  # of the step before, not waited for yet
-        dispatched = parallel.Dispatched()
+        dispatched = sharding.Dispatched()
         stopwatch = Stopwatch()
         start = step
-        arrays = parallel.to_devices(batches, run.mesh, config.batch_size)
+        arrays = sharding.to_devices(batches, run.mesh, config.batch_size)
         for batch in stopwatch.waiting(arrays):
             if step == run.total_steps or interruption.stops_after(step - start):
                 break
@@ -265,7 +267,7 @@ class _Run:
         self._task = make_task(config, self._main)
         self._model = self._task.model
         self.preprocessing = self._task.card["preprocessing"]
-        self.mesh = parallel.make_mesh(
+        self.mesh = sharding.make_mesh(
             config.mesh,
             config.batch_size,
             height=data.size[0],
@@ -284,8 +286,8 @@ class _Run:
             check_image_shape((1, *data.size, 3))
         with naming("config.optimizer.freeze"):
             shapes = jax.eval_shape(self._init, config.seed)
-        self._shardings = parallel.state_shardings(self.mesh, shapes)
-        self.abstract_state = parallel.abstract(self._shardings, shapes)
+        self._shardings = sharding.state_shardings(self.mesh, shapes)
+        self.abstract_state = sharding.abstract(self._shardings, shapes)
         if training:
             self._train_step = make_train_step(
                 self._model,
@@ -357,18 +359,18 @@ class _Run:
 
     def describe_layout(self, path: AnyPath) -> list[str]:
         """The mesh and its forms, and what each of several devices holds; all of that in a file."""
-        told = [parallel.describe_mesh(self.mesh), *self.describe_rows()]
+        told = [sharding.describe_mesh(self.mesh), *self.describe_rows()]
         if hosts.is_first():
-            storage.replace(path, (parallel.layout_report(self.abstract_state) + "\n").encode())
+            storage.replace(path, (sharding.layout_report(self.abstract_state) + "\n").encode())
         if self.mesh.devices.size > 1:
-            shown = parallel.layout_report(self.abstract_state, largest=_LAYOUT_LINES)
+            shown = sharding.layout_report(self.abstract_state, largest=_LAYOUT_LINES)
             told.append(f"{shown}\nThe whole table is in {path}.")
         return told
 
     def describe_rows(self) -> list[str]:
         """What to say of images whose rows do not divide evenly over the devices, if anything."""
         strides = np.cumprod(self._model.patch_strides).tolist()
-        told = parallel.describe_rows(self.mesh, self._config.data.size[0], strides)
+        told = sharding.describe_rows(self.mesh, self._config.data.size[0], strides)
         return [told] if told else []
 
     def init_state(self) -> TrainState:
@@ -424,7 +426,7 @@ class _Run:
         def check(tree: Any) -> jax.Array:
             return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
-        return jax.jit(check, out_shardings=parallel.replicated(self.mesh))
+        return jax.jit(check, out_shardings=sharding.replicated(self.mesh))
 
     @functools.cached_property
     def _zero_totals(self) -> Callable[[], Totals]:
@@ -444,11 +446,11 @@ class _Run:
             state = self._train_step(state, batch)
             return state, state.step
 
-        return parallel.compile_program(
+        return sharding.compile_program(
             "train",
             update,
             self.abstract_state,
-            parallel.abstract_batch(self.mesh, self._task.train_arrays()),
+            sharding.abstract_batch(self.mesh, self._task.train_arrays()),
             donate=(0,),
             out_shardings=(self._shardings, self._shardings.step),
         )
@@ -457,7 +459,7 @@ class _Run:
     def _eval_variables(self) -> Any:
         """Variables as evaluation takes them: a program that runs often wants blocks apart."""
         shapes = jax.eval_shape(unstack_blocks, self.abstract_state.variables())
-        return parallel.abstract(parallel.state_shardings(self.mesh, shapes), shapes)
+        return sharding.abstract(sharding.state_shardings(self.mesh, shapes), shapes)
 
     @functools.cached_property
     def _unstack(self) -> Callable[[Any], Any]:
@@ -475,7 +477,7 @@ class _Run:
     @functools.cached_property
     def _rows(self) -> np.ndarray:
         """The examples of a batch that are this process's own."""
-        return parallel.local_rows(self.mesh, self._config.batch_size)
+        return sharding.local_rows(self.mesh, self._config.batch_size)
 
     def broken_images(self, say: Callable[[str], None]) -> BrokenImages:
         """What names and counts the training's broken images."""
@@ -543,14 +545,14 @@ class _Run:
     @functools.cached_property
     def _peak_flops(self) -> float | None:
         """Of all devices, float operations a second; None where it is unknown."""
-        peak = costs.PEAK_FLOPS.get(self.mesh.devices.flat[0].device_kind)
+        peak = counting.PEAK_FLOPS.get(self.mesh.devices.flat[0].device_kind)
         return peak and peak * self.mesh.devices.size
 
     @functools.cached_property
     def _flops_per_image(self) -> int:
         """Of a training step: 2 a multiply-add, 3 forward passes' worth."""
         return 6 * sum(
-            layer.published for layer in costs.count(self._model, *self._config.data.size)
+            layer.published for layer in counting.count(self._model, *self._config.data.size)
         )
 
     def evaluate(

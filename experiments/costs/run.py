@@ -18,10 +18,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from vvt_jax import costs
 from vvt_jax.benchmark import Program, Setting, target_devices, time_in_turn
-from vvt_jax.errors import UserError
+from vvt_jax.costs import counting
 from vvt_jax.models import create_model
+from vvt_jax.system.errors import UserError
 
 HERE = Path(__file__).parent
 SIZES = ("vvt_tiny", "vvt_small", "vvt_medium", "vvt_large")
@@ -42,9 +42,9 @@ def sizes() -> None:
     rows = []
     for name in SIZES:
         model = create_model(name)
-        row = {"model": name, "parameters": costs.parameter_count(model)}
+        row = {"model": name, "parameters": counting.parameter_count(model)}
         for side in (224, 384, 512):
-            layers = costs.count(model, side, side)
+            layers = counting.count(model, side, side)
             row[f"multiply_adds_{side}"] = sum(layer.published for layer in layers)
             row[f"activations_{side}"] = sum(layer.activations for layer in layers)
         rows.append(row)
@@ -66,7 +66,7 @@ def resolution() -> None:
     """Multiply-adds against resolution, beside the printed points of other backbones."""
     sides = list(range(224, 1281, 96))
     counted = {
-        name: [sum(x.published for x in costs.count(create_model(name), s, s)) for s in sides]
+        name: [sum(x.published for x in counting.count(create_model(name), s, s)) for s in sides]
         for name in SIZES
     }
     _write("resolution", {"sides": sides, "multiply_adds": counted, "printed_giga": PRINTED})

@@ -146,7 +146,7 @@ def summarise(outcomes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 def judge(read: Callable[[], Any]) -> dict[str, Any]:
     """Calls a reader, measures it and says how it ended."""
-    from vvt_jax.errors import UserError
+    from vvt_jax.system.errors import UserError
 
     _reset_peak()
     before = _memory("VmRSS")

@@ -23,14 +23,19 @@ from flax.traverse_util import unflatten_dict
 
 import vvt_jax
 from configs import digits
-from vvt_jax import configuration, convert, pretrained, torch_files
+from vvt_jax import convert
 from vvt_jax import prepare as prepare_lib
-from vvt_jax.data import folder_segmentation, preprocess, segmentation, sources
-from vvt_jax.data.tfrecord import masked_crc, read_offsets
-from vvt_jax.errors import UserError
-from vvt_jax.predictor import Predictor
-from vvt_jax.segment import check_inference
-from vvt_jax.weights import variable_shapes
+from vvt_jax.data import pixel_labels, preprocess, sources
+from vvt_jax.data.image_files import decode
+from vvt_jax.data.sources import folder_segmentation
+from vvt_jax.data.sources.tfrecord import masked_crc, read_offsets
+from vvt_jax.inference.predictor import Predictor
+from vvt_jax.system.errors import UserError
+from vvt_jax.training import configuration
+from vvt_jax.weights import pretrained, torch_files
+from vvt_jax.weights.inference_settings import check_inference
+from vvt_jax.weights.published import read_published
+from vvt_jax.weights.shapes import variable_shapes
 
 Reader = Callable[[], Any]
 _FIELDS = {"embed_dims": (8, 8, 8, 8), "num_heads": (1, 1, 1, 1), "num_classes": 3}
@@ -74,7 +79,7 @@ class SoundFiles:
         torch_files.write_file(self.pth, convert.to_pytorch(variables, model))
         with zipfile.ZipFile(self.pth) as archive:
             self.entries = {name: archive.read(name) for name in archive.namelist()}
-        convert.read_published(self.pth, num_heads=_FIELDS["num_heads"])  # what is done only once
+        read_published(self.pth, num_heads=_FIELDS["num_heads"])  # what is done only once
         Predictor(self.model, batch_size=1)
         self.images = _images()
         self.masks = _masks()
@@ -265,7 +270,7 @@ def _pth_opcodes(files: SoundFiles, rng: np.random.Generator) -> Reader:
 def _read_pth(files: SoundFiles, content: bytes, rng: np.random.Generator) -> Reader:
     path = files.write("model.pth", content)
     if rng.random() < 0.1:
-        return lambda: convert.read_published(path, num_heads=(1, 1, 1, 1))
+        return lambda: read_published(path, num_heads=(1, 1, 1, 1))
 
     def read() -> int:
         waiting, total = [torch_files.read_file(path)], 0
@@ -388,16 +393,16 @@ def _image(files: SoundFiles, rng: np.random.Generator) -> Reader:
     use = int(rng.integers(3))
 
     def read() -> None:
-        image = sources.decode(str(path), str(path), upright=True)
+        image = decode(str(path), str(path), upright=True)
         if use == 0:
             preprocess.eval_image(image, _RECORD)
         elif use == 1:
-            segmentation.whole_views(image, _RECORD, _INFERENCE)
+            pixel_labels.whole_views(image, _RECORD, _INFERENCE)
         else:
             mask = np.zeros((image.height, image.width), np.uint8)
             example = {"image": image, "label": mask}
             settings = {**_SEGMENTATION, "scale": (2.0, 2.0)}
-            segmentation.train_example(example, np.random.default_rng(0), _RECORD, settings)
+            pixel_labels.train_example(example, np.random.default_rng(0), _RECORD, settings)
 
     return read
 

@@ -20,9 +20,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from vvt_jax import parallel
 from vvt_jax.benchmark import Program, Setting, target_devices, time_in_turn
-from vvt_jax.huge_pages import restart_with_huge_pages
+from vvt_jax.distributed import sharding
+from vvt_jax.system.huge_pages import restart_with_huge_pages
 
 HERE = Path(__file__).parent
 SIDES = (512, 768, 1024, 1536, 2048, 3072, 4096)
@@ -218,6 +218,6 @@ if __name__ == "__main__":
     if unknown := [name for name in chosen if name not in parts]:
         sys.exit(f"error: There is no part {unknown[0]!r}: there are {', '.join(parts)}.")
     if {"devices", "bands", "equal"} & set(chosen):
-        parallel.simulate_devices(DEVICES)
+        sharding.simulate_devices(DEVICES)
     for name in chosen:
         parts[name]()

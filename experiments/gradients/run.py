@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vvt_jax import parallel, storage
+from vvt_jax.distributed import sharding
+from vvt_jax.system import storage
 
 RESULTS = Path(__file__).parent / "results.json"
 DEVICES = 8
@@ -58,7 +59,7 @@ class Case:
     @property
     def name(self) -> str:
         """What identifies the case in the results."""
-        axes = " x ".join(f"{axis} {n}" for axis, n in zip(parallel.AXES, self.mesh, strict=True))
+        axes = " x ".join(f"{axis} {n}" for axis, n in zip(sharding.AXES, self.mesh, strict=True))
         return f"{self.head}, {self.height} rows, {axes}, batch {self.batch}, bands {self.bands}"
 
 
@@ -166,20 +167,20 @@ def compare(case: Case) -> dict[str, Any]:
     import jax
     import numpy as np
 
-    from vvt_jax import hlo
+    from vvt_jax.costs import hlo
 
     start = time.perf_counter()
     variables, arrays, (loss, expected) = _problem(case.head, case.height, case.batch)
-    sizes = dict(zip(parallel.AXES, case.mesh, strict=True))
+    sizes = dict(zip(sharding.AXES, case.mesh, strict=True))
     devices = jax.devices()[: int(np.prod(case.mesh))]
-    mesh = parallel.make_mesh(sizes, case.batch, height=case.height, devices=devices)
-    layout = parallel.state_shardings(mesh, variables)
-    (batch,) = parallel.to_devices([arrays], mesh)
-    with parallel.compiling_for(mesh):
+    mesh = sharding.make_mesh(sizes, case.batch, height=case.height, devices=devices)
+    layout = sharding.state_shardings(mesh, variables)
+    (batch,) = sharding.to_devices([arrays], mesh)
+    with sharding.compiling_for(mesh):
         program = (
             jax.jit(
                 _gradients(case.head, case.bands),
-                out_shardings=(parallel.replicated(mesh), layout["params"]),
+                out_shardings=(sharding.replicated(mesh), layout["params"]),
                 compiler_options=_options(),
             )
             .lower(jax.device_put(variables, layout), batch)
@@ -235,7 +236,7 @@ def _group(case: Case) -> str:
 
 
 def main() -> None:
-    parallel.simulate_devices(DEVICES)
+    sharding.simulate_devices(DEVICES)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for case in cases():
         if case.name in results:

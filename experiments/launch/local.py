@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from vvt_jax import failure
+from vvt_jax.distributed import failure
 
 _LOOK = 0.2  # seconds between looks at the processes
 

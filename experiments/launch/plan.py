@@ -13,7 +13,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from vvt_jax import costs
+from vvt_jax.costs import counting
 
 HERE = Path(__file__).parent
 COSTS = HERE.parent / "costs"
@@ -75,7 +75,7 @@ def main() -> None:
             }
             for device in DEVICES:
                 seconds = {
-                    "flops": flops / costs.PEAK_FLOPS[device.kind],
+                    "flops": flops / counting.PEAK_FLOPS[device.kind],
                     "bandwidth": moved * count / device.bandwidth,
                 }
                 bound = max(seconds, key=lambda kind: seconds[kind])
@@ -88,7 +88,7 @@ def main() -> None:
                 }
             rows.append(row)
     factors = {"temporary_bytes": kept, "bytes_accessed": moved}
-    devices = [dataclasses.asdict(d) | {"flops": costs.PEAK_FLOPS[d.kind]} for d in DEVICES]
+    devices = [dataclasses.asdict(d) | {"flops": counting.PEAK_FLOPS[d.kind]} for d in DEVICES]
     result = {"per_activation": factors, "devices": devices, "plan": rows}
     (HERE / "plan.json").write_text(json.dumps(result, indent=1) + "\n")
     (HERE / "plan.md").write_text(_page(kept, moved, rows))

@@ -273,7 +273,7 @@ def _write_synthetic(folder: Path, file_format: str) -> None:
     from array_record.python.array_record_module import ArrayRecordWriter
     from tensorflow_datasets.core import example_serializer
 
-    from vvt_jax.data.tfrecord import masked_crc
+    from vvt_jax.data.sources.tfrecord import masked_crc
 
     features = tfds.features.FeaturesDict(
         {

@@ -16,10 +16,10 @@ import sys
 import time
 from pathlib import Path
 
-from vvt_jax import costs
-from vvt_jax.huge_pages import restart_with_huge_pages
+from vvt_jax.costs import counting
 from vvt_jax.models import create_segmenter
-from vvt_jax.weights import variable_shapes
+from vvt_jax.system.huge_pages import restart_with_huge_pages
+from vvt_jax.weights.shapes import variable_shapes
 
 HERE = Path(__file__).parent
 SIZES = ("vvt_small", "vvt_medium", "vvt_large")
@@ -67,7 +67,7 @@ def layers() -> None:
 def _layers(name: str, head: str) -> dict[str, tuple[int, int]]:
     """(parameters, multiply-adds) by layer, in the order of the forward pass."""
     model = create_segmenter(name, head=head)
-    products = {layer.path: layer.published for layer in costs.count(model, 512, 512)}
+    products = {layer.path: layer.published for layer in counting.count(model, 512, 512)}
     parameters: dict[str, int] = {}
     for path, shape in variable_shapes(model).items():
         if path.startswith("params/"):
@@ -114,18 +114,18 @@ def _one(width: int, height: int, devices: int) -> None:
     import jax.numpy as jnp
     import numpy as np
 
-    from vvt_jax import parallel
+    from vvt_jax.distributed import sharding
 
-    mesh = parallel.make_mesh({"data": 1, "fsdp": 1, "spatial": devices}, 1, height=height)
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "spatial": devices}, 1, height=height)
     model = create_segmenter("vvt_tiny", num_classes=_CLASSES)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
-    layout = parallel.state_shardings(mesh, shapes)
+    layout = sharding.state_shardings(mesh, shapes)
     variables = jax.jit(model.init, out_shardings=layout)(
         jax.random.key(0), jnp.zeros((1, 32, 32, 3))
     )
-    images = parallel.abstract_batch(mesh, {"image": ((1, height, width, 3), np.float32)})
-    program = parallel.compile_program(
-        "forward", model.apply, parallel.abstract(layout, shapes), images["image"]
+    images = sharding.abstract_batch(mesh, {"image": ((1, height, width, 3), np.float32)})
+    program = sharding.compile_program(
+        "forward", model.apply, sharding.abstract(layout, shapes), images["image"]
     )
     image = jax.device_put(
         np.random.default_rng(0).normal(size=images["image"].shape).astype(np.float32),

@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from vvt_jax import explain
 from vvt_jax.data import sources
-from vvt_jax.errors import UserError
-from vvt_jax.predictor import Predictor
+from vvt_jax.inference import explain
+from vvt_jax.inference.predictor import Predictor
+from vvt_jax.system.errors import UserError
 
 try:
     import uvicorn
@@ -90,7 +90,7 @@ def create_app(
     buffered = 0
 
     def decode(body: bytes) -> np.ndarray:
-        return predictor.pixels(sources.decode(io.BytesIO(body), "The image", upright=True))
+        return predictor.pixels(decode(io.BytesIO(body), "The image", upright=True))
 
     def answer(pixels: np.ndarray) -> dict[str, Any]:
         logits, maps = predictor.run(class_map, pixels)

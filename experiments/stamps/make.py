@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
-from vvt_jax.data.folder_segmentation import CLASSES, IMAGES, MASKS
 from vvt_jax.data.overlay import index_mask
-from vvt_jax.errors import UserError
+from vvt_jax.data.sources.folder_segmentation import CLASSES, IMAGES, MASKS
+from vvt_jax.system.errors import UserError
 
 STAMPS = Path("/usr/share/tuxpaint/stamps")
 SIDE = 96  # pixels of a scene

@@ -16,12 +16,13 @@ from pathlib import Path
 import numpy as np
 
 from experiments.stamps import config as stamps_config
-from vvt_jax.data.segmentation import IGNORED
-from vvt_jax.data.sources import Source, open_source
-from vvt_jax.errors import UserError
-from vvt_jax.huge_pages import restart_with_huge_pages
-from vvt_jax.interruption import Interrupted
-from vvt_jax.segment import segmentation_metrics
+from vvt_jax.data.examples import Source
+from vvt_jax.data.pixel_labels import IGNORED
+from vvt_jax.data.sources import open_source
+from vvt_jax.inference.segment import segmentation_metrics
+from vvt_jax.system.errors import UserError
+from vvt_jax.system.huge_pages import restart_with_huge_pages
+from vvt_jax.system.interruption import Interrupted
 from vvt_jax.train import train_and_evaluate
 
 HERE = Path(__file__).parent

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vvt_jax.data import loader, sources
+from vvt_jax.data.examples import BrokenImageError, DataError, Source
 
 _RECORD = {
     "size": [16, 12],
@@ -49,7 +50,7 @@ _SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)  # each worker i
 
 
 def _numbered(count):
-    return sources.Source(_Numbered(count), tuple(map(str, range(count))), "numbered", "all")
+    return Source(_Numbered(count), tuple(map(str, range(count))), "numbered", "all")
 
 
 def _take(count, source, batch_size=4, seed=0, augment=_RANDOM, threads=0, **options):
@@ -160,12 +161,12 @@ class _Damaged(_Numbered):
 
     def __getitem__(self, index):
         if index % 3 == 0:
-            raise sources.BrokenImageError(f"Image number {index} is broken.")
+            raise BrokenImageError(f"Image number {index} is broken.")
         return super().__getitem__(index)
 
 
 def _damaged(count):
-    return sources.Source(_Damaged(count), tuple(map(str, range(count))), "damaged", "all")
+    return Source(_Damaged(count), tuple(map(str, range(count))), "damaged", "all")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -200,7 +201,7 @@ def test_broken_images_are_named_once_up_to_a_limit():
         f"Replaced a broken image, the run's {n}. I" for n in (1, 2, 3)
     ]
     assert {line.split("number ")[1][0] for line in told} == {"0", "3", "6"}
-    with pytest.raises(sources.DataError) as refused:
+    with pytest.raises(DataError) as refused:
         read(limit=2)
     assert str(refused.value).startswith(
         "3 broken images are more than config.data.broken_limit=2 allows. The last one: Image "
@@ -256,7 +257,7 @@ def test_rows_read_only_their_own_examples():
             read.append(index)
             return super().__getitem__(index)
 
-    source = sources.Source(Watched(8), tuple(map(str, range(8))), "watched", "all")
+    source = Source(Watched(8), tuple(map(str, range(8))), "watched", "all")
     (batch,) = _take(1, source, batch_size=8, rows=np.array([1, 6]))
     assert read == batch["label"].tolist()
 
@@ -286,19 +287,19 @@ def test_eval_leaves_broken_images_out_and_flags_them(workers):
 
 
 def test_nothing_but_broken_images_names_the_first():
-    source = sources.Source(_AllDamaged(9), ("a",), "none", "all")
-    with pytest.raises(sources.DataError, match=r"None of the images .*: Image number 0 is broken"):
+    source = Source(_AllDamaged(9), ("a",), "none", "all")
+    with pytest.raises(DataError, match=r"None of the images .*: Image number 0 is broken"):
         loader.eval_batches(source, record=_RECORD, batch_size=2)
 
 
 class _AllDamaged(_Numbered):
     def __getitem__(self, index):
-        raise sources.BrokenImageError(f"Image number {index} is broken.")
+        raise BrokenImageError(f"Image number {index} is broken.")
 
 
 def test_a_data_set_without_images_is_an_error():
-    source = sources.Source(_AllDamaged(9), ("a",), "none", "all")
-    with pytest.raises(sources.DataError, match="20 images in a row can't be decoded: is this"):
+    source = Source(_AllDamaged(9), ("a",), "none", "all")
+    with pytest.raises(DataError, match="20 images in a row can't be decoded: is this"):
         _take(1, source)
 
 
@@ -349,9 +350,9 @@ def test_refusals_come_at_the_call():
             loader.train_batches(source, **(train | change))
     with pytest.raises(ValueError, match="batch_size"):
         loader.eval_batches(source, record=_RECORD, batch_size=0)
-    with pytest.raises(sources.DataError, match="no examples"):
+    with pytest.raises(DataError, match="no examples"):
         loader.train_batches(_numbered(0), **train)
-    with pytest.raises(sources.DataError, match="no examples"):
+    with pytest.raises(DataError, match="no examples"):
         loader.eval_batches(_numbered(0), record=_RECORD, batch_size=2)
 
 
@@ -450,7 +451,7 @@ class _Line:
 
 
 def test_a_line_of_pixels_is_named():
-    source = sources.Source(_Line(), ("a",), "lines", "train")
+    source = Source(_Line(), ("a",), "lines", "train")
     record = {**_RECORD, "size": [224, 224]}
     (batch,) = loader.eval_batches(source, record=record, batch_size=1, threads=0)
     assert batch["broken"].tolist() == [0]
@@ -463,5 +464,5 @@ def test_a_line_of_pixels_is_named():
         seed=0,
         threads=0,
     )
-    with contextlib.closing(batches), pytest.raises(sources.DataError, match="20 images in a row"):
+    with contextlib.closing(batches), pytest.raises(DataError, match="20 images in a row"):
         next(batches)

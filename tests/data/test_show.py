@@ -6,10 +6,11 @@ import PIL.Image
 import pytest
 
 from tests import fork_server
+from vvt_jax.data.contact_sheet import draw_sheet
 from vvt_jax.data.loader import train_batches
-from vvt_jax.data.show import draw_sheet, training_batch
 from vvt_jax.data.sources import open_source
-from vvt_jax.recipe.mixing import augmentation_key, prepare_batch
+from vvt_jax.show import training_batch
+from vvt_jax.training.mixing import augmentation_key, prepare_batch
 
 
 @pytest.fixture

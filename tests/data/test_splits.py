@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vvt_jax.data import splits
-from vvt_jax.data.sources import DataError, open_source
+from vvt_jax.data.examples import DataError
+from vvt_jax.data.sources import open_source
 
 TWO = ("train[:90%]", "train[90%:]")
 THREE = ("train[:80%]", "train[80%:90%]", "train[90%:]")

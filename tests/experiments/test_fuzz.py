@@ -73,7 +73,7 @@ def test_a_crash_and_a_hang_fail_their_cases_only_and_a_run_goes_on(tmp_path):
     ],
 )
 def test_what_counts_as_passed(end, outcome):
-    from vvt_jax.errors import UserError
+    from vvt_jax.system.errors import UserError
 
     def read():
         if isinstance(end, str):

@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from vvt_jax.data import sources
+from vvt_jax.data.image_files import decode
 from vvt_jax.data.sources import open_source
 
 uvicorn = pytest.importorskip("uvicorn")
@@ -111,7 +111,7 @@ def _refusal(page, body, **headers):
 
 @pytest.mark.slow
 def test_an_image_gets_its_classes_and_a_heat_map(page, predictor, digit):
-    from vvt_jax import explain
+    from vvt_jax.inference import explain
 
     content, example = digit
     status, headers, body = page.request("POST", "/predict", content)
@@ -257,7 +257,6 @@ def test_a_small_image_goes_past_a_large_one(page, digit, monkeypatch):
     large = _png(PIL.Image.new("1", (2_100, 2_100)))
     assert len(large) < MOST_BYTES
     begun, end = threading.Event(), threading.Event()
-    decode = sources.decode
 
     def slow_decode(file, *arguments, **options):
         image = decode(file, *arguments, **options)
@@ -266,7 +265,7 @@ def test_a_small_image_goes_past_a_large_one(page, digit, monkeypatch):
             assert end.wait(60)
         return image
 
-    monkeypatch.setattr(sources, "decode", slow_decode)
+    monkeypatch.setattr("experiments.serving.app.decode", slow_decode)
     answers = []
     ask = threading.Thread(
         target=lambda: answers.append(page.request("POST", "/predict", large)[0])

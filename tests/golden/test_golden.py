@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import vvt_jax
-from vvt_jax import convert, forms
+from vvt_jax import convert
+from vvt_jax.models import forms
 
 _FOLDER = pathlib.Path(__file__).parent
 _GOLDEN = dict(np.load(_FOLDER / "golden.npz"))

@@ -11,8 +11,8 @@ import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
-from vvt_jax import attention, forms
-from vvt_jax.models import layers
+from vvt_jax import attention
+from vvt_jax.models import forms, layers
 from vvt_jax.models.vvt import Stage
 
 _QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

@@ -1,14 +1,16 @@
-"""Which files are images, and which files of a folder are listed.
+"""Which files are images, how they are read, and which files of a folder are listed.
 
 Every source, command and application takes its formats from here, so that what one of them reads
 the others read too.
 """
 
 import collections
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePosixPath
+from typing import BinaryIO
 
 # Pillow loads a plugin when a format that it doesn't know is asked for, and then loads all of them
 from PIL import (  # noqa: F401
@@ -21,12 +23,15 @@ from PIL import (  # noqa: F401
     PngImagePlugin,
     PpmImagePlugin,
     TiffImagePlugin,
+    UnidentifiedImageError,
     WebPImagePlugin,
     features,
 )
 
-from vvt_jax import storage
-from vvt_jax.storage import AnyPath
+from vvt_jax.data import preprocess
+from vvt_jax.data.examples import BrokenImageError, DataError
+from vvt_jax.system import storage
+from vvt_jax.system.storage import AnyPath, SizeLimit
 
 # Formats that hold pixels and that Pillow decodes by itself. It knows others, of which one runs a
 # program (EPS), and others are drawings, containers or seldom used. A feature that Pillow may have
@@ -63,6 +68,7 @@ _JUNK_FOLDERS = {
     "__pycache__",
 }
 _JUNK_FILES = {"thumbs.db", "desktop.ini"}
+_LONGEST_SIDE = 2**16 - 1  # pixels; JPEG has no longer one
 _MOST_NAMED = 5  # folders or kinds of file in a sentence
 
 
@@ -189,3 +195,66 @@ def is_workdir(folders: Sequence[str], files: Sequence[str]) -> bool:
 def _identity(path: str) -> tuple[int, int]:
     status = os.stat(path)
     return status.st_dev, status.st_ino
+
+
+def decode(file: str | os.PathLike | BinaryIO, told: str, *, upright: bool = True) -> Image.Image:
+    """The RGB image in a file of one of `image_files.FORMATS`, transparent parts on white.
+
+    Args:
+        file: a path or an open file.
+        told: how to name it.
+        upright: turn it as its EXIF orientation says.
+
+    Raises:
+        BrokenImageError: it can't be decoded.
+    """
+    try:
+        with contextlib.ExitStack() as stack:
+            if isinstance(file, str | os.PathLike):
+                file = stack.enter_context(open_image(file, SizeLimit.IMAGE))
+            image = stack.enter_context(Image.open(file, formats=FORMATS))
+            check_sides(image, told)
+            image.load()
+            return preprocess.to_rgb(image, upright=upright)
+    except DataError:
+        raise
+    except Exception as error:  # Pillow's decoders raise whatever they stumble over
+        raise BrokenImageError(f"{told} can't be decoded: {why_broken(error, FORMATS)}.") from error
+
+
+def why_broken(error: Exception, formats: Sequence[str]) -> str:
+    """What Pillow's error says of an image, without the address of an object."""
+    if isinstance(error, UnidentifiedImageError):
+        *others, last = formats
+        listed = f"{', '.join(others)} or {last}" if others else last
+        return f"it is not an image of the format {listed}"
+    reason = str(error).partition("\n")[0].rstrip(".")
+    return ascii(reason)[1:-1][:200] if reason else type(error).__name__
+
+
+def open_image(path: str | os.PathLike, limit: SizeLimit) -> BinaryIO:
+    """The file of an image or a mask.
+
+    Raises:
+        BrokenImageError: it can't be read.
+        DataError: nor can an object store's, which may well answer later.
+    """
+    try:
+        return storage.open_file(path, limit)
+    except OSError as error:
+        kind = DataError if storage.is_remote(path) else BrokenImageError
+        raise kind(f"{os.fspath(path)} can't be read: {error.strerror}.") from error
+
+
+def check_sides(image: Image.Image, told: str) -> None:
+    """Refuses an image before it is decoded, if it is a line of a length that no camera makes: each
+    row of it takes memory, whatever its width.
+
+    Raises:
+        BrokenImageError: it is one.
+    """
+    if max(image.size) > _LONGEST_SIDE:
+        raise BrokenImageError(
+            f"{told} can't be used: An image of {image.width} x {image.height} pixels is too long "
+            f"and narrow, since no side may have more than {_LONGEST_SIDE}."
+        )

@@ -30,8 +30,8 @@ from absl import flags
 
 from vvt_jax.data import augment as augment_lib
 from vvt_jax.data import preprocess
+from vvt_jax.data.examples import BrokenImageError, DataError, Examples, Source, describe
 from vvt_jax.data.preprocess import UnfitImageError
-from vvt_jax.data.sources import BrokenImageError, DataError, Examples, Source, describe
 
 Batch = dict[str, np.ndarray]
 _SUBSTITUTES = 20  # broken images in a row after which it is no accident

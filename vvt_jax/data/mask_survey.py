@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from vvt_jax.data.segmentation import IGNORED
-from vvt_jax.data.sources import BrokenImageError, DataError, Source
+from vvt_jax.data.examples import BrokenImageError, DataError, Source
+from vvt_jax.data.pixel_labels import IGNORED
 
 _MOST = 256  # masks that are read if there are more
 _AT_ONCE = 32  # of the others, while they are searched for a second class

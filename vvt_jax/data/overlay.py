@@ -8,7 +8,7 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 
-from vvt_jax.data.segmentation import IGNORED
+from vvt_jax.data.pixel_labels import IGNORED
 
 _GOLDEN = 0.618033988749895  # of the circle of hues: neighbours in number are far apart
 _TILE_HEIGHT, _MARGIN, _LINE = 192, 6, 16  # pixels

@@ -18,7 +18,7 @@ import numpy as np
 import PIL.ExifTags
 import PIL.Image
 
-from vvt_jax.errors import UserError
+from vvt_jax.system.errors import UserError
 
 INTERPOLATIONS: dict[str, PIL.Image.Resampling] = {
     method.name.lower(): method for method in PIL.Image.Resampling

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vvt_jax.data.sources import DataError
+from vvt_jax.data.examples import DataError
 
 _SPLIT = re.compile(r"(\w+)(?:\[(?:(\d+)(%?))?:(?:(\d+)(%?))?\])?")
 _ORDER_SEED = 0  # of the order that `at_random` cuts from

@@ -9,9 +9,10 @@ import numpy as np
 from flax import linen as nn
 from flax.typing import Dtype
 
-from vvt_jax import attention, forms
-from vvt_jax.convolution import convolve, row_groups
-from vvt_jax.depthwise import depthwise_conv
+from vvt_jax import attention
+from vvt_jax.models import forms
+from vvt_jax.models.convolution import convolve, row_groups
+from vvt_jax.models.depthwise import depthwise_conv
 
 # Published: truncated normal cut at ±2 (absolute, hence a plain normal) with deviation 0.02.
 linear_init = nn.initializers.normal(0.02)

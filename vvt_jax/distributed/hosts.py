@@ -1,0 +1,234 @@
+"""Several processes that work as one: how they find each other, and share what only one knows.
+
+Each process drives the devices of one host, or one of its devices. All of them run the same
+program on the same config, and see one global mesh of all devices.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from vvt_jax.distributed import failure
+from vvt_jax.system.errors import UserError
+
+_MARGIN = 60  # seconds by which our own limit, which says what is wrong, is before jax's
+_EXPLICIT = ("coordinator", "num_processes", "process_id")
+
+
+class GroupError(UserError):
+    """Processes that can't find each other, or can't work together."""
+
+
+def join(distributed: Mapping[str, Any], *, preemptible: bool) -> None:
+    """Joins this process to its group, before anything else asks jax for a device.
+
+    Nothing is done in a process that is alone: one without these fields and without a sign of a
+    cluster, or with `num_processes=1`.
+
+    Args:
+        distributed: the fields of `config.distributed`. What is empty is found by jax, from what
+            a TPU pod, Slurm, Open MPI, another MPI (with mpi4py) or Kubernetes (with jax[k8s]) say.
+        preemptible: SIGTERM asks the group to stop at one agreed step, see `interruption`; or else
+            it ends the process as usual.
+
+    Raises:
+        GroupError: the fields do not fit each other, or the group does not come together.
+    """
+    given = {name: distributed[name] for name in _EXPLICIT if distributed[name] is not None}
+    if distributed["num_processes"] == 1 or jax.distributed.is_initialized():
+        return
+    method = None
+    if len(given) < len(_EXPLICIT):
+        found = _cluster(os.environ)
+        if found is None:
+            if given:
+                missing = ", ".join(f"config.distributed.{n}" for n in _EXPLICIT if n not in given)
+                raise GroupError(f"There is no cluster here that could tell {missing}: give it.")
+            return
+        cluster, method = found
+    else:
+        cluster = "config.distributed"
+    timeout = distributed["start_timeout"]
+    if given.get("process_id"):  # the first one waits for the others in any case
+        _wait_for(distributed["coordinator"], timeout)
+    jax.config.update("jax_enable_preemption_service", preemptible)
+    try:
+        with _time_limit(timeout, cluster):
+            jax.distributed.initialize(
+                coordinator_address=distributed["coordinator"],
+                num_processes=distributed["num_processes"],
+                process_id=distributed["process_id"],
+                cluster_detection_method=method,
+                initialization_timeout=timeout + _MARGIN,
+                heartbeat_timeout_seconds=distributed["heartbeat_timeout"],
+                # By default a process that ends early waits 300 s for the others
+                shutdown_timeout_seconds=distributed["heartbeat_timeout"],
+            )
+    except Exception as error:  # jax's own, those of MPI and of Kubernetes
+        reason = str(error).strip().partition("\n")[0][:300]
+        raise GroupError(
+            f"The group of processes that {cluster} tells of can't be joined ({reason}): "
+            "config.distributed.coordinator=HOST:PORT, num_processes and process_id tell it "
+            "otherwise, num_processes=1 works alone."
+        ) from error
+    failure.watch()
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float, cluster: str) -> Iterator[None]:
+    """Ends the program when the group has not come together in time: jax would abort it."""
+
+    def end() -> None:
+        print(
+            f"error: The group of processes that {cluster} describes was not complete after "
+            f"{seconds} s: are all of them running, and can they reach process 0? "
+            "config.distributed.start_timeout gives them more time.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(failure.USER_ERROR)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _cluster(environment: Mapping[str, str]) -> tuple[str, str | None] | None:
+    """Who started this process as one of several, and jax's name of the way to ask it where that
+    has to be chosen; None for a process that is alone."""
+
+    def more_than_one(name: str) -> bool:
+        return environment.get(name, "1").strip() not in ("", "1")
+
+    # Of the step, not of the job: a shell in an allocation of four tasks is alone
+    if "SLURM_PROCID" in environment and more_than_one("SLURM_STEP_NUM_TASKS"):
+        return "Slurm", "slurm"
+    if more_than_one("OMPI_COMM_WORLD_SIZE"):
+        # From version 5 on, Open MPI no longer says where its first process is
+        return "Open MPI", "ompi" if "OMPI_MCA_orte_hnp_uri" in environment else "mpi4py"
+    if more_than_one("PMI_SIZE"):
+        return "MPI", "mpi4py"
+    hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES", "")
+    if "," in hosts or more_than_one("MEGASCALE_NUM_SLICES"):
+        return "the TPU pod", None
+    # jax sets the variable where there is no TPU chip; where there is one, the machine is asked
+    if importlib.util.find_spec("libtpu") and "TPU_SKIP_MDS_QUERY" not in environment:
+        return "the TPU pod", None
+    indexed = "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment
+    if indexed and importlib.util.find_spec("kubernetes"):
+        return "Kubernetes", None
+    return None
+
+
+def _wait_for(coordinator: str, timeout: float) -> None:
+    """Waits until process 0 listens. jax would end the program without an exception."""
+    host, _, port = coordinator.rpartition(":")
+    end = time.monotonic() + timeout
+    while True:
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=5):
+                return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise GroupError(
+                    f"config.distributed.coordinator={coordinator} did not answer for {timeout} s "
+                    f"({error}): is process 0 running there, and is the port reachable?"
+                ) from error
+            time.sleep(0.1)
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes what is written once."""
+    return jax.process_index() == 0
+
+
+def fetch(tree: Any) -> Any:
+    """A tree of arrays on one mesh as numpy arrays, whole, in every process; all have to ask."""
+    if jax.process_count() > 1:
+        mesh = jax.tree.leaves(tree)[0].sharding.mesh
+        tree = _replicate(mesh)(tree)  # one program for all; jax's own way is one for each shape
+    return jax.device_get(tree)
+
+
+def gather(values: np.ndarray) -> jax.Array:
+    """Every process's values, `[processes, *values.shape]`; all have to ask for it.
+
+    Waiting for the answer is left to who reads it, as with any array on the devices.
+    """
+    mesh = _processes()
+    layout = NamedSharding(mesh, PartitionSpec("process"))
+    shape = (mesh.shape["process"], *values.shape)
+    return _replicate(mesh)(jax.make_array_from_process_local_data(layout, values[None], shape))
+
+
+def union(numbers: Collection[int]) -> tuple[int, ...]:
+    """The numbers that any process has, in order; all have to ask for it."""
+    if jax.process_count() == 1:
+        return tuple(sorted(numbers))
+    theirs = _exchange(json.dumps(list(numbers)).encode())
+    return tuple(sorted({number for text in theirs for number in json.loads(text)}))
+
+
+def check_agreement(values: Mapping[str, Any]) -> None:
+    """Compares what all processes must have in common; all have to call it.
+
+    Args:
+        values: JSON values by what they are called, such as `config.seed`.
+
+    Raises:
+        GroupError: they differ from those of the first process. All processes raise it.
+    """
+    if jax.process_count() == 1:
+        return
+    theirs = [json.loads(text) for text in _exchange(json.dumps(values).encode())]
+    if differences := list(_differences(theirs)):
+        raise GroupError(
+            f"The processes of this run do not agree: {'; '.join(differences)}. Start all of them "
+            "with the same command and the same files."
+        )
+
+
+def _exchange(text: bytes) -> list[bytes]:
+    """Every process's text, in the order of the processes."""
+    lengths = np.asarray(gather(np.array([len(text)], np.int32)))[:, 0]
+    padded = np.zeros(int(lengths.max()), np.uint8)
+    padded[: len(text)] = np.frombuffer(text, np.uint8)
+    rows = np.asarray(gather(padded))
+    return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
+
+
+def _differences(theirs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    first = theirs[0]
+    for name in sorted({name for values in theirs for name in values}):
+        expected = first.get(name)
+        for number, values in enumerate(theirs):
+            if (value := values.get(name)) != expected:
+                yield f"process {number} has {name}={value!r}, and process 0 has {expected!r}"
+                break
+
+
+@functools.cache
+def _processes() -> Mesh:
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    return Mesh(np.array(devices).reshape(jax.process_count(), -1), ("process", "device"))
+
+
+@functools.cache
+def _replicate(mesh: Mesh) -> Any:
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))

@@ -1,0 +1,82 @@
+"""The 3×3 depthwise convolution of the feed-forward network, in the forms that platforms want."""
+
+import jax
+import jax.numpy as jnp
+
+from vvt_jax.models import forms
+from vvt_jax.models.convolution import convolve
+
+
+def depthwise_conv(
+    x: jax.Array, kernel: jax.Array, *, form: str | None = None, split: bool = True
+) -> jax.Array:
+    """3×3 depthwise convolution, stride 1, zero padding 1.
+
+    Args:
+        x: `[batch, height, width, channels]`.
+        kernel: `[3, 3, 1, channels]`.
+        form: `"shift"` or `"grouped"`, equal to rounding; by default what
+            `vvt_jax.models.forms` chooses.
+        split: as for `convolve`: False where each window of rows lies on one device.
+
+    Returns:
+        `[batch, height, width, channels]` in the dtype of x, summed in float32.
+
+    Raises:
+        ValueError: an unknown form.
+    """
+    form = form or forms.current().depthwise
+    if form == "shift":
+        return _shift_and_add(x, kernel)
+    if form == "grouped":
+        return convolve(x, kernel, (1, 1), "SAME", feature_group_count=x.shape[-1], split=split)
+    raise ValueError(f"Unknown form '{form}': it is one of {', '.join(forms.DEPTHWISE)}.")
+
+
+def _shifted_sum(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Σ over the nine offsets of a shifted view of x times its kernel row: one fusion in XLA."""
+    _, height, width, _ = x.shape
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).astype(jnp.float32)
+    kernel = kernel.astype(jnp.float32)
+    total = jnp.zeros((), jnp.float32)
+    for i in range(3):
+        for j in range(3):
+            total += padded[:, i : i + height, j : j + width] * kernel[i, j, 0]
+    return total.astype(x.dtype)
+
+
+@jax.custom_vjp
+def _shift_and_add(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return _shifted_sum(x, kernel)
+
+
+def _forward(x, kernel):
+    return _shifted_sum(x, kernel), (x, kernel)
+
+
+def _backward(residuals, cotangent):
+    """The input's gradient is the same sum with the kernel turned round; the kernel's is a scan
+    over rows, because the nine reductions over a whole map are slow on a CPU."""
+    x, kernel = residuals
+    _, height, width, _ = x.shape
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+
+    def add_row(total, row):
+        gradient = jax.lax.dynamic_index_in_dim(cotangent, row, 1, keepdims=False)
+        window = jax.lax.dynamic_slice_in_dim(padded, row, 3, 1).astype(jnp.float32)
+        gradient = gradient.astype(jnp.float32)
+        products = [
+            [(window[:, i, j : j + width] * gradient).sum((0, 1)) for j in range(3)]
+            for i in range(3)
+        ]
+        return total + jnp.stack([jnp.stack(row) for row in products]), None
+
+    zeros = jnp.zeros((3, 3, x.shape[-1]), jnp.float32)
+    kernel_gradient, _ = jax.lax.scan(add_row, zeros, jnp.arange(height))
+    return (
+        _shifted_sum(cotangent, kernel[::-1, ::-1]),
+        kernel_gradient[:, :, None].astype(kernel.dtype),
+    )
+
+
+_shift_and_add.defvjp(_forward, _backward)

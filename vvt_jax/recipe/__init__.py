@@ -1,1 +1,0 @@
-"""How a model is trained: optimizer and schedule, losses, and the step that applies them."""

@@ -1,0 +1,83 @@
+"""A contact sheet of what the model sees in training, after everything that augments it.
+
+python -m vvt_jax.data.show --config=configs/digits.py --out=sheet.png [--step=1] [--images=64]
+"""
+
+import functools
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from vvt_jax.data.contact_sheet import draw_sheet
+from vvt_jax.data.overlay import draw_comparison
+from vvt_jax.system.errors import UserError
+from vvt_jax.training.configuration import ConfigError, flagged_fields, parse_flags
+
+
+def training_batch(
+    config: ConfigDict, step: int, flagged: Collection[str] = ()
+) -> tuple[np.ndarray, np.ndarray, Sequence[str]]:
+    """What the model sees at a step of training.
+
+    Args:
+        config: of the run.
+        step: counted from 1.
+        flagged: fields that were set on the command line.
+
+    Returns:
+        uint8 images `[batch, height, width, 3]`, targets `[batch, classes]` (of segmentation: uint8
+        masks `[batch, height, width]`) and the classes' names.
+
+    Raises:
+        UserError: the config or its data is unsuitable.
+    """
+    from vvt_jax import train  # imports jax
+
+    images, targets, record, names = train.see_batch(config, step, flagged=flagged)
+    mean, std = (np.asarray(record[key], np.float32) for key in ("mean", "std"))
+    pixels = np.clip((np.asarray(images) * std + mean) * 255, 0, 255).round().astype(np.uint8)
+    return pixels, np.asarray(targets), names
+
+
+def main(argv: list[str], arguments: Mapping[str, Any]) -> None:
+    try:
+        if argv[1:]:
+            raise ConfigError(f"Not a flag: {argv[1]}; a field is given as --config.field=value.")
+        step, count = arguments["step"].value, arguments["images"].value
+        if step < 1 or count < 1:
+            raise ConfigError("--step and --images count from 1.")
+        flagged = flagged_fields(arguments["config"])
+        images, targets, names = training_batch(arguments["config"].value, step, flagged)
+        out = Path(arguments["out"].value)
+        if targets.ndim == 3:
+            pictures = [PIL.Image.fromarray(image) for image in images[:count]]
+            sheet = draw_comparison(pictures, list(targets[:count]), None, names)
+        else:
+            sheet = draw_sheet(images[:count], targets[:count], names)
+        try:
+            sheet.save(out, "PNG")
+        except OSError as error:
+            raise ConfigError(f"--out={out} can't be written: {error.strerror}.") from error
+        print(f"{min(count, len(images))} images of step {step} are in {out}.")
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    _FLAGS = {
+        "config": config_flags.DEFINE_config_file("config", None, "As for vvt_jax.main."),
+        "out": flags.DEFINE_string("out", "contact_sheet.png", "The picture, a PNG file."),
+        "step": flags.DEFINE_integer("step", 1, "The step of training, counted from 1."),
+        "images": flags.DEFINE_integer("images", 64, "How many of its batch, at most."),
+    }
+    flags.mark_flag_as_required("config")
+    app.run(
+        functools.partial(main, arguments=_FLAGS),
+        flags_parser=functools.partial(parse_flags, config_flag=_FLAGS["config"]),
+    )

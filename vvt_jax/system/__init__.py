@@ -1,0 +1,1 @@
+"""What the program needs of its surroundings: files, locks, signals, errors, the command line."""

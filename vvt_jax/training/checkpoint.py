@@ -1,0 +1,419 @@
+"""Checkpoints of a run, the one place that touches orbax.
+
+A checkpoint holds the `TrainState` (parameters, the model's other collections, optimizer state,
+averaged weights, totals, step) and the bookkeeping below. The data's position is not in it: batch i
+follows from the seed and i alone, so the step says where the data goes on.
+
+Orbax gives back arrays with a flipped bit without a word. So SHA-256 sums of a checkpoint's files
+lie beside them, and are verified before a restore. They are of files, not of arrays: another layout
+over devices or processes reads the same files, and the sums are made in the background, after the
+arrays left the devices. They are written before the folder gets its final name: none is without.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import (
+    PolicyCheckpointInfo,
+    PreservationContext,
+    PreservationPolicy,
+)
+
+from vvt_jax.system import storage
+from vvt_jax.system.errors import UnwrittenError, UserError
+from vvt_jax.system.storage import AnyPath
+
+FORMAT_VERSION = 2
+SUMS = "SHA256SUMS"  # `sha256sum --check SHA256SUMS` reads it
+_ITEMS = ("state", "bookkeeping")
+_CHUNK = 1 << 20  # bytes
+State = TypeVar("State")
+
+
+class CheckpointError(UserError):
+    """A checkpoint that can't be read, or written."""
+
+
+class UnwrittenCheckpointError(CheckpointError, UnwrittenError):
+    """A checkpoint that can't be written."""
+
+
+class DamagedError(Exception):
+    """A checkpoint whose files are not the ones that were written; says how."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Best:
+    """The best evaluation so far: the bookkeeping of a run beside its state.
+
+    Attributes:
+        step: where it was, the earliest of equals; 0 for none.
+        score: its validation top-1 or mIoU, a fraction.
+    """
+
+    step: int = 0
+    score: float = -1.0
+
+
+def check_folder(folder: AnyPath) -> None:
+    """Raises CheckpointError for an object store that orbax does not write to."""
+    if storage.is_remote(folder) and not str(folder).startswith("gs://"):
+        raise CheckpointError(
+            f"{folder} can't hold checkpoints: they go into a folder, or to gs://; data and model "
+            "folders may be there."
+        )
+
+
+class Checkpoints:
+    """The checkpoints in a folder; written in the background, the newest and the best are kept.
+
+    Args:
+        folder: made if it is missing, unless it is only read.
+        keep: how many of the newest are kept; None only reads.
+        say: takes the sentences about damaged checkpoints that were passed over.
+    """
+
+    def __init__(self, folder: AnyPath, *, keep: int | None, say: Callable[[str], object] = print):
+        self._kept = _NewestAndBest(keep or 0)
+        check_folder(folder)
+        self._folder = epath.Path(storage.absolute(folder))
+        self._reads_only = keep is None
+        self._say = say
+        for logger in ("absl", "asyncio"):
+            logging.getLogger(logger).addFilter(_without_traceback)
+        handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        state, bookkeeping = _SummedState(), _SummedBookkeeping()
+        for arguments in (ocp.args.StandardSave, ocp.args.StandardRestore):
+            handlers.add("state", arguments, state)
+        handlers.add("state", ocp.args.PyTreeRestore, ocp.PyTreeCheckpointHandler())
+        for arguments in (ocp.args.JsonSave, ocp.args.JsonRestore):
+            handlers.add("bookkeeping", arguments, bookkeeping)
+        self._manager = _Manager(
+            self._folder,
+            handler_registry=handlers,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=self._kept,
+                # In the background, a folder that can't be made is waited for, for 20 minutes
+                async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+                cleanup_tmp_directories=keep is not None,
+                create=keep is not None,
+                read_only=keep is None,
+            ),
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self._manager.close()  # waits for what is being written
+        except Exception as error:
+            if kind is None:  # else the block has already failed, maybe by the same
+                raise self._unwritten(error) from error
+
+    def latest_step(self) -> int | None:
+        """The step of the newest complete checkpoint, None where there is none."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, best: Best) -> None:
+        """Saves in the background; a step that is already there is left as it is.
+
+        Raises:
+            CheckpointError: this one, or the one before, can't be written.
+        """
+        if step == self.latest_step():
+            return
+        self._kept.best_step = best.step
+        book = {"format_version": FORMAT_VERSION, **dataclasses.asdict(best)}
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    bookkeeping=ocp.args.JsonSave(book),
+                ),
+            )
+        except Exception as error:  # of this one, or of the one before, in the background
+            raise self._unwritten(error) from error
+
+    def restore(
+        self, abstract_state: State, *, without: Collection[str] = ()
+    ) -> tuple[State, Best]:
+        """The newest checkpoint that is sound.
+
+        Damaged ones are passed over, which is said, and, unless this only reads, they are renamed
+        to `STEP.damaged`, so that none of them is taken for the latest later.
+
+        Args:
+            abstract_state: shapes, dtypes and shardings of the state to return.
+            without: fields of the state that are neither read nor compared; what the given state
+                has in them has no arrays.
+
+        Raises:
+            CheckpointError: all are damaged, or it is of another format version or another model.
+        """
+        step = self._newest_sound_step()
+        saved = self._saved_tree(step)
+        compared = {name: tree for name, tree in saved.items() if name not in without}
+        # First: a restore that fails halfway leaves TensorStore's threads to print tracebacks.
+        if difference := _first_difference(compared, abstract_state):
+            raise CheckpointError(
+                f"The checkpoint {self._folder / str(step)} is of another model or optimizer: "
+                f"{difference}; use another workdir, or the config that it was made with."
+            )
+        state, best = self._read(step, abstract_state, without)
+        # Arrays of orbax's own making may share memory with what it read: the step donates them.
+        return jax.tree.map(lambda x: x.copy(), state), best
+
+    def restore_variables(self) -> dict[str, Any]:
+        """What `model.apply` takes, of the newest sound checkpoint: the averaged weights, if it has
+        some, else the parameters, and the model's other collections; on the first device.
+
+        Raises:
+            CheckpointError: as `restore`.
+        """
+        step = self._newest_sound_step()
+        layout = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        saved = self._saved_tree(step)
+        params = "ema" if saved.get("ema") else "params"
+        wanted = {name: saved[name] for name in (params, "mutable") if saved.get(name)}
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), wanted
+        )
+        found = self._read_item(step, _partial_restore(abstract))["state"]
+        return {"params": found[params], **found.get("mutable", {})}
+
+    def _newest_sound_step(self) -> int:
+        """As the first process finds: all have to restore the same one."""
+        step, error = 0, None
+        if jax.process_index() == 0:
+            try:
+                step = self._pass_over_damaged()
+            except CheckpointError as found:
+                step, error = -1, found
+        step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+        if step < 0:
+            raise error or CheckpointError(
+                f"The first process can't read the checkpoints in {self._folder}: see what it says."
+            )
+        self._manager.reload()  # folders may have been renamed
+        return step
+
+    def _pass_over_damaged(self) -> int:
+        damaged: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                self._verify(step)
+            except DamagedError as error:
+                damaged[step] = str(error)
+                continue
+            for bad, how in damaged.items():  # only now that there is one to go on from
+                aside = "" if self._reads_only else f"; it is now {self._put_aside(bad)}"
+                self._say(
+                    f"The checkpoint {self._folder / str(bad)} is damaged ({how}){aside}. "
+                    f"Going on from the one of step {step}."
+                )
+            return step
+        newest, how = next(iter(damaged.items()))
+        raise CheckpointError(
+            f"The checkpoint {self._folder / str(newest)} is damaged ({how}), and there is no "
+            "sound one before it: use another workdir, or start anew by deleting that folder."
+        )
+
+    def _verify(self, step: int) -> None:
+        folder = self._folder / str(step)
+        if not any((folder / item / SUMS).exists() for item in _ITEMS):
+            self._check_version(step, _read_version(folder))
+        for item in _ITEMS:
+            verify_sums(folder / item)
+        self._check_version(step, _read_version(folder))
+
+    def _put_aside(self, step: int) -> str:
+        folder = self._folder / str(step)
+        aside, number = self._folder / f"{step}.damaged", 1
+        while aside.exists():
+            number += 1
+            aside = self._folder / f"{step}.damaged-{number}"
+        folder.rename(aside)
+        return aside.name
+
+    def _read(
+        self, step: int, abstract_state: State, without: Collection[str]
+    ) -> tuple[State, Best]:
+        if without:
+            fields = vars(abstract_state).items()
+            wanted = {k: v for k, v in fields if k not in without and jax.tree.leaves(v)}
+            found = self._read_item(step, _partial_restore(wanted))
+            state = dataclasses.replace(abstract_state, **found["state"])  # type: ignore[type-var]
+        else:
+            found = self._read_item(step, ocp.args.StandardRestore(abstract_state))
+            state = found["state"]
+        book = dict(found["bookkeeping"])
+        book.pop("format_version", None)
+        return state, Best(**book)
+
+    def _read_item(self, step: int, state: ocp.args.CheckpointArgs) -> Mapping[str, Any]:
+        try:
+            return self._manager.restore(
+                step,
+                args=ocp.args.Composite(state=state, bookkeeping=ocp.args.JsonRestore()),
+            )
+        except Exception as error:  # orbax raises whatever its storage layers do
+            raise self._unreadable(step, error) from error
+
+    def _saved_tree(self, step: int) -> Any:
+        try:
+            return self._manager.item_metadata(step)["state"].tree
+        except Exception as error:  # as in `_read`
+            raise self._unreadable(step, error) from error
+
+    def _check_version(self, step: int, version: object) -> None:
+        if version not in (None, FORMAT_VERSION):
+            raise CheckpointError(
+                f"The checkpoint {self._folder / str(step)} has format version {version}, "
+                f"but this program reads version {FORMAT_VERSION}."
+            )
+
+    def _unreadable(self, step: int, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"The checkpoint {self._folder / str(step)} can't be read ({_describe(error)}), though "
+            "its files are as they were written."
+        )
+
+    def _unwritten(self, error: Exception) -> CheckpointError:
+        return UnwrittenCheckpointError(
+            f"A checkpoint can't be written into {self._folder} ({_describe(error)}): those that "
+            "are complete stay as they are; with room on the disk, the same command goes on."
+        )
+
+
+class _Manager(ocp.CheckpointManager):
+    """Leaves preemption to the run, which asks for its sync point itself: asked with other steps,
+    and from the thread that writes in the background, jax would agree on one that never comes."""
+
+    def reached_preemption(self, step: int) -> bool:
+        """Never, as far as orbax goes."""
+        del step
+        return False
+
+
+class _NewestAndBest(PreservationPolicy):
+    """Keeps the newest checkpoints and the best one, wherever that is."""
+
+    def __init__(self, newest: int):
+        self._newest = newest
+        self.best_step = 0
+
+    def should_preserve(
+        self, checkpoints: Sequence[PolicyCheckpointInfo], *, context: PreservationContext
+    ) -> Sequence[bool]:
+        """One answer for each checkpoint, the oldest first."""
+        first = len(checkpoints) - self._newest
+        return [i >= first or found.step == self.best_step for i, found in enumerate(checkpoints)]
+
+
+class _SummedState(ocp.StandardCheckpointHandler):
+    def finalize(self, directory: epath.Path) -> None:
+        """Called in the first process, when all have written, before the folder is renamed."""
+        super().finalize(directory)
+        _write_sums(directory)
+
+
+class _SummedBookkeeping(ocp.JsonCheckpointHandler):
+    def finalize(self, directory: epath.Path) -> None:
+        super().finalize(directory)
+        _write_sums(directory)
+
+
+def _partial_restore(wanted: Any) -> ocp.args.PyTreeRestore:
+    """Reads what is in the given tree, and nothing else of the checkpoint."""
+    return ocp.args.PyTreeRestore(
+        item=wanted,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+        partial_restore=True,
+    )
+
+
+def _write_sums(folder: epath.Path) -> None:
+    """Lists all files of the folder; what orbax adds later is only a mark that it is complete."""
+    sums = {path.relative_to(folder).as_posix(): _sum(path) for path in _files(folder)}
+    (folder / SUMS).write_text("".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
+
+
+def verify_sums(folder: epath.Path) -> None:
+    """Raises `DamagedError`, unless all files on the folder's list are what was written."""
+    try:
+        content = storage.read_bytes(folder / SUMS, storage.SizeLimit.SUMS)
+        lines = content.decode(errors="replace").splitlines()
+    except OSError as error:
+        raise DamagedError(f"{folder.name}/{SUMS} is missing") from error
+    if not lines:
+        raise DamagedError(f"{folder.name}/{SUMS} is empty")
+    for line in lines:
+        expected, _, name = line.partition("  ")
+        try:
+            found = _sum(folder / name)
+        except (OSError, ValueError) as error:  # the latter of a name that can be none
+            raise DamagedError(f"{folder.name}/{name} is missing") from error
+        if found != expected:
+            raise DamagedError(f"{folder.name}/{name} is not what was written")
+
+
+def _sum(path: epath.Path) -> str:
+    digest = hashlib.sha256()
+    with storage.open_to_skim(path) as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _files(path)
+        else:
+            yield path
+
+
+def _read_version(folder: epath.Path) -> object:
+    """The format version of a checkpoint that may be of another one, None if it has none."""
+    try:
+        path = folder / "bookkeeping" / "metadata"
+        return json.loads(storage.read_text(path, storage.SizeLimit.CONFIG))["format_version"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _first_difference(saved: Any, wanted: Any) -> str | None:
+    """The first array of two trees that is not in both with one shape."""
+
+    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(p, simple=True, separator="/"): x.shape for p, x in leaves}
+
+    there, here = shapes(saved), shapes(wanted)
+    for name in there | here:
+        if there.get(name) != here.get(name):
+            return (
+                f"{name} has shape {there.get(name, 'none')} there, {here.get(name, 'none')} here"
+            )
+    return None
+
+
+def _describe(error: Exception) -> str:
+    reason = str(error).strip().partition("\n")[0][:200]
+    return f"{type(error).__name__}: {reason}"
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """What orbax logs of a failed save: it is raised too, and told in a sentence."""
+    return not (record.exc_info and ("orbax" in record.pathname or "orbax" in record.getMessage()))

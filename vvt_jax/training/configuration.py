@@ -1,0 +1,405 @@
+"""Checks of a run's config: its values, and that a resumed run has the config it started with."""
+
+import copy
+import json
+import re
+import sys
+import traceback
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any, NoReturn
+
+import numpy as np
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from vvt_jax.system import storage
+from vvt_jax.system.errors import UserError
+from vvt_jax.system.storage import AnyPath
+from vvt_jax.training import config_values
+
+# What a resume may change: it alters neither the updates nor what they are measured on. A dot at
+# the end stands for all fields below.
+_FREE = (
+    "mode",
+    "mesh.",
+    "distributed.",
+    "data.workers",
+    "data.threads",
+    "data.broken_limit",
+    "data.eval_also",
+    "log_every_steps",
+    "log_every_examples",
+    "log_every_epochs",
+    "eval_every_steps",
+    "eval_every_examples",
+    "eval_every_epochs",
+    "checkpoint_every_steps",
+    "checkpoint_every_examples",
+    "checkpoint_every_epochs",
+    "keep_checkpoints",
+    "compilation_cache",
+    "profile_at_step",
+    "profile_steps",
+)
+# Where the processes of one run may differ: what concerns only the machine that each runs on. The
+# data has to be the same, but may lie elsewhere; it is compared by itself.
+_OF_A_PROCESS = (
+    "distributed.",
+    "data.data_dir",
+    "data.workers",
+    "data.threads",
+    "compilation_cache",
+    "profile_at_step",
+    "profile_steps",
+)
+_UNITS = ("steps", "examples", "epochs")
+_DURATIONS = ("total", "log_every", "eval_every", "checkpoint_every", "optimizer.warmup")
+_NOWHERE = "nothing"  # stands for a field that one of two configs lacks
+# What the program did before a field existed, for each field whose default in configs/common.py
+# changes that: a function of the older run's config, as `config.json` has it.
+_BEFORE: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    # Only prepared data sets were read as they are stored.
+    "data.upright": lambda config: not config["data"]["source"].startswith("tfds:"),
+}
+
+
+class ConfigError(UserError):
+    """A config that can't be run."""
+
+
+def check_values(config: ConfigDict) -> None:
+    """Checks every value of a config, before anything is compiled or written.
+
+    Raises:
+        ConfigError: a value that can't be meant; the field is named.
+    """
+    fields = _flatten(config.to_dict())
+    if missing := sorted(set(config_values.RULES) - set(fields)):
+        raise ConfigError(f"The config lacks config.{missing[0]}: start from configs/common.py.")
+    for field, value in fields.items():
+        try:
+            json.dumps(value, default=_plain)
+        except (TypeError, ValueError, RecursionError) as error:
+            kind = type(value).__name__
+            raise ConfigError(
+                f"config.{field} is a {kind}, which no JSON file can hold."
+            ) from error
+    fields = _keep_first_units(fields)  # other units of a duration don't count
+
+    def refuse(field: str, why: str):
+        raise ConfigError(f"config.{field}={fields[field]!r} can't be run: {why}.")
+
+    if problem := config_values.problem_of(fields):
+        refuse(*problem)
+    if not any(config[f"total_{unit}"] is not None for unit in _UNITS):
+        raise ConfigError(
+            "None of config.total_steps, total_examples and total_epochs is set: one has to."
+        )
+    count, number = fields["distributed.num_processes"], fields["distributed.process_id"]
+    if count is not None and number is not None and number >= count:
+        refuse("distributed.process_id", "it goes from 0 up to num_processes - 1")
+    if config.batch_size % config.augment.mix_groups:
+        refuse("augment.mix_groups", f"it has to divide batch_size={config.batch_size}")
+    accumulate = config.optimizer.accumulate
+    if accumulate < 1 or config.batch_size % accumulate:
+        refuse("optimizer.accumulate", f"it has to divide batch_size={config.batch_size}")
+
+
+def in_steps(
+    fields: ConfigDict,
+    name: str,
+    batch_size: int,
+    examples: int,
+    *,
+    default: float = 0.0,
+    default_steps: int | None = None,
+) -> int:
+    """A duration in steps, rounded; the first that is given of `NAME_steps`, `NAME_examples` and
+    `NAME_epochs`.
+
+    Args:
+        fields: the part of the config that has it.
+        name: such as `total` or `eval_every`.
+        batch_size: examples of a step.
+        examples: of an epoch.
+        default: epochs, where none of the three is given.
+        default_steps: the same in steps; it goes before `default`.
+    """
+    steps, seen, epochs = (fields[f"{name}_{unit}"] for unit in _UNITS)
+    if steps is None and seen is None and epochs is None:
+        steps, epochs = default_steps, default
+    if steps is not None:
+        return steps
+    return round((examples * epochs if seen is None else seen) / batch_size)
+
+
+def read(workdir: AnyPath) -> dict[str, Any] | None:
+    """The config that a run started with, as JSON has it; None where the folder holds no run.
+
+    Raises:
+        ConfigError: `config.json` is damaged.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        return None
+    try:
+        before = json.loads(storage.read_text(path, storage.SizeLimit.CONFIG))
+        if not isinstance(before, dict):
+            raise ValueError("not a JSON object")
+        if not all(isinstance(before.get(part), dict) for part in ("model", "data", "optimizer")):
+            raise ValueError("not the config of a run")
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is damaged ({error}): use another workdir.") from error
+    return before
+
+
+def settle(config: ConfigDict, workdir: AnyPath, *, write: bool = True) -> None:
+    """Writes `config.json` into a new run's folder; in an old one's, compares. To evaluate it only
+    compares.
+
+    A field that the old run's config lacks was added to the program later: it counts as what the
+    program did before. Preprocessing and inference are not compared to evaluate, since the run's
+    record decides about them (`vvt_jax.training.run_record`), and neither is the split to train on.
+
+    Args:
+        config: of the run.
+        workdir: its folder.
+        write: False in a process whose group has another one for it.
+
+    Raises:
+        ConfigError: the folder belongs to a run with another config; the fields are named.
+    """
+    from vvt_jax.data.preprocess import FIELDS  # after --help
+
+    given = _as_json(config)
+    before = read(workdir)
+    if before is not None:
+        free: tuple[str, ...] = _FREE
+        if config.mode == "eval":
+            free += ("inference.", "data.train_split", *(f"data.{name}" for name in FIELDS))
+        changed = [
+            f"config.{field} ({old} before, {new} now)"
+            for field, old, new in _differences(before, given)
+            if not _is_one_of(field, free)
+        ]
+        if changed:
+            raise ConfigError(
+                f"{workdir} holds a run with another config: {', '.join(changed)}; "
+                "use another workdir, or the config it started with."
+            )
+    if config.mode == "eval" or not write:
+        return
+    storage.replace(workdir / "config.json", (json.dumps(given, indent=2) + "\n").encode())
+
+
+def as_before(
+    config: ConfigDict, before: Mapping[str, Any], flagged: Collection[str]
+) -> ConfigDict:
+    """The config to resume an older run with: fields that the program did not have then stay at
+    what it did, unless the config sets them itself.
+
+    Args:
+        config: of the resumed run.
+        before: the older run's, as `read` gives it.
+        flagged: fields that were set on the command line.
+    """
+    missing = set(_flatten(_as_json(config))) - set(_flatten(before))
+    defaults = _defaults()
+    given = _flatten(_as_json(config))
+    return replaced(
+        config,
+        {
+            field: _BEFORE[field](before)
+            for field in missing & set(_BEFORE)
+            if field not in flagged and given[field] == defaults.get(field)
+        },
+    )
+
+
+def replaced(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
+    """A copy with other values, by field such as `data.size`; lists become tuples."""
+    config = copy.deepcopy(config)
+    config.update_from_flattened_dict(
+        {field: tuple(v) if isinstance(v, list) else v for field, v in values.items()}
+    )
+    return config
+
+
+def values_of(config: ConfigDict, fields: Iterable[str]) -> dict[str, Any]:
+    """The values of some fields, as JSON has them, by field such as `data.size`."""
+    values = _flatten(_as_json(config))
+    return {field: values[field] for field in fields}
+
+
+def shared_fields(config: ConfigDict) -> dict[str, Any]:
+    """All that the processes of one run must have in common, by field such as `config.seed`."""
+    return {
+        f"config.{field}": value
+        for field, value in _flatten(_as_json(config)).items()
+        if not _is_one_of(field, _OF_A_PROCESS)
+    }
+
+
+def flagged_fields(config_flag: flags.FlagHolder) -> frozenset[str]:
+    """The fields that the command line sets, such as `data.size`."""
+    return frozenset(config_flags.get_override_values(flags.FLAGS[config_flag.name]))
+
+
+def _replace_units(config: ConfigDict, flagged: Collection[str]) -> None:
+    """Lets a duration that the command line gives replace the config's, whatever its unit.
+
+    Raises:
+        ConfigError: the command line gives one duration in several units.
+    """
+    for name in _DURATIONS:
+        values = {unit: config[f"{name}_{unit}"] for unit in _UNITS}
+        given = [u for u in _UNITS if f"{name}_{u}" in flagged and values[u] is not None]
+        if len(given) > 1:
+            fields = " and ".join(f"--config.{name}_{unit}" for unit in given)
+            raise ConfigError(f"{fields} say the same thing in different units: give one of them.")
+        if given:
+            others = {f"{name}_{unit}": None for unit in _UNITS if unit not in given}
+            config.update_from_flattened_dict(others)
+
+
+def parse_flags(argv: list[str], config_flag: flags.FlagHolder) -> list[str]:
+    """Parses a command's flags for `absl.app.run`; what is wrong with the config ends the program
+    with one sentence. Returns the arguments that are no flags."""
+
+    def stop(reason: str) -> NoReturn:
+        sys.exit(f"error: {UserError(reason)}")  # which is one line that can be printed
+
+    try:
+        rest = flags.FLAGS(argv)
+        if flags.FLAGS["verbosity"].using_default_value:
+            flags.FLAGS.verbosity = logging.WARNING  # type: ignore[assignment]
+        getattr(config_flag.value, "mode", None)  # an unreadable file complains when it is used
+        if not isinstance(config_flag.value, ConfigDict):
+            kind = type(config_flag.value).__name__
+            raise ConfigError(f"The config file's get_config() returns a {kind}, not a ConfigDict.")
+        _replace_units(config_flag.value, flagged_fields(config_flag))
+        return rest
+    except ConfigError as error:
+        stop(str(error))
+    except flags.Error as error:
+        stop(_flag_error(str(error)))
+    except AttributeError as error:
+        if re.search(r"has no attribute '?get_config'?$", str(error)):
+            stop("The config file can't be read: it has no function get_config().")
+        frames = traceback.extract_tb(error.__traceback__)
+        if frames and "ml_collections" in frames[-1].filename:
+            stop(unknown_field(error, argv))
+        stop(f"The config file can't be read: {_described(error)}.")
+    except OSError as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        stop(
+            f"The config file can't be read: {lines[-1].strip()}."
+        )  # paths that were tried go before
+    except SystemExit as error:
+        if argv[1:] and any(re.match(r"--?(help|\?)", arg) for arg in argv[1:]):
+            raise
+        stop(f"The config file ends the program, with status {error.code}.")
+    except Exception as error:  # whatever the config's own code raises
+        stop(f"The config file can't be read: {_described(error)}.")
+
+
+def _flag_error(text: str) -> str:
+    """What absl says of a flag, in a line. A config's own error comes with its traceback, which may
+    go on with further lines of the error."""
+    if "--config must have a value other than None" in text and "--config=None" in text:
+        return "There is no config: give --config=FILE, whose get_config() returns a ConfigDict."
+    lines = [line for line in text.strip().splitlines() if line.strip()] or ["a flag is wrong"]
+    if "Traceback" not in text:
+        return lines[0]
+    raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return raised[-1].partition(": ")[2] or raised[-1] if raised else lines[-1]
+
+
+def _described(error: Exception) -> str:
+    """An error of a config's own code, and the line of its file that it comes from."""
+    reason = str(error).strip().partition("\n")[0].rstrip(".")
+    if isinstance(error, SyntaxError):  # it says the file and the line itself
+        return f"SyntaxError: {reason}"
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {reason}{place}"
+
+
+def unknown_field(error: AttributeError, argv: list[str]) -> str:
+    """One sentence about a field that ml_collections does not know, from the command line or set by
+    a config file, with the nearest one that it does know."""
+    told = str(error).replace("\\'", "'")
+    if not (found := re.search(r"""Key "(\w+)"|'(\w+)'""", told)):
+        return f"The config can't be read: {told}."
+    name = found[1] or found[2]
+    flag = next(
+        (arg.split("=")[0].lstrip("-") for arg in argv if name in arg.split("=")[0].split(".")),
+        name,
+    )
+    near = re.search(r'Did you mean "(\w+)"', told)
+    hint = f"did you mean '{near[1]}'? " if near else ""
+    return f"There is no field {flag}: {hint}configs/common.py lists all of them."
+
+
+def _is_one_of(field: str, names: Collection[str]) -> bool:
+    """Whether a field is listed; a name with a dot at its end stands for all fields below."""
+    return any(field.startswith(name) if name[-1] == "." else field == name for name in names)
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Each field in which two configs differ, with both values."""
+    before, now = _flatten(old), _flatten(new)
+    defaults = _defaults()
+    for field in sorted(set(now) - set(before)):
+        if field in _BEFORE:
+            before[field] = _BEFORE[field](old)
+        else:  # one that even configs/common.py lacks means nothing to the program
+            before[field] = defaults.get(field, now[field])
+    counted, counts = _keep_first_units(before), _keep_first_units(now)
+    for field in sorted(before):
+        values = before[field], now.get(field, _NOWHERE)
+        if values[0] != values[1] and counted[field] != counts.get(field, _NOWHERE):
+            yield field, *values
+
+
+def _keep_first_units(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields without the units of each duration that do not count, see `in_steps`."""
+    kept = dict(fields)
+    for name in _DURATIONS:
+        units = [f"{name}_{unit}" for unit in _UNITS]
+        given = [field for field in units if fields.get(field) is not None]
+        kept |= dict.fromkeys(given[1:])
+    return kept
+
+
+def _defaults() -> dict[str, Any]:
+    """The fields of configs/common.py."""
+    try:
+        from configs import common
+    except ImportError:  # a program with configs of its own
+        return {}
+    return _flatten(_as_json(common.get_config()))
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by field, such as `data.size`."""
+    fields: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            fields |= _flatten(value, f"{prefix}{key}.")
+        else:
+            fields[prefix + key] = value
+    return fields
+
+
+def _as_json(config: ConfigDict) -> dict[str, Any]:
+    return json.loads(json.dumps(config.to_dict(), default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's scalars as JSON has them."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} is not a JSON value")

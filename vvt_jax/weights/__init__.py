@@ -1,0 +1,1 @@
+"""Weights in files: model folders, published `.pth` files, and the Hugging Face Hub."""

@@ -1,0 +1,40 @@
+"""Model folders on the Hugging Face Hub, by `hf://organisation/name` or `hf://.../name@revision`."""
+
+from pathlib import Path
+
+from vvt_jax.weights.shapes import WeightsError
+
+PREFIX = "hf://"
+
+
+def fetch(address: str, files: tuple[str, ...]) -> Path:
+    """The local folder of a Hub repository: from huggingface_hub's cache, downloaded if need be.
+
+    Args:
+        address: `hf://organisation/name`, with a branch, tag or commit after `@` if not the newest.
+        files: the only ones that are fetched.
+
+    Raises:
+        WeightsError: huggingface_hub isn't installed, or it doesn't get at the repository.
+    """
+    try:
+        import huggingface_hub
+        from huggingface_hub import errors
+    except ImportError as error:
+        raise WeightsError(
+            f"{address} needs huggingface_hub: pip install 'vvt-jax[hub]'."
+        ) from error
+    repository, at, revision = address.removeprefix(PREFIX).partition("@")
+    if repository.count("/") != 1 or (at and not revision):
+        raise WeightsError(
+            f"{address} is no address: it has to be hf://organisation/name@revision."
+        )
+    try:
+        folder = huggingface_hub.snapshot_download(
+            repository, revision=revision or None, allow_patterns=list(files)
+        )
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError, ValueError) as error:
+        # among them LocalEntryNotFoundError: offline, and not in the cache
+        reason = str(error).strip().partition("\n")[0][:200].rstrip(".")
+        raise WeightsError(f"{address} can't be fetched: {reason}.") from error
+    return Path(folder)
