@@ -16,12 +16,13 @@ import pytest
 
 import vvt_jax
 from tests.conftest import WIDTHS
-from vvt_jax import train
 from vvt_jax.data.sources import open_source
 from vvt_jax.distributed import sharding
 from vvt_jax.train import NonFiniteLossError, train_and_evaluate
-from vvt_jax.training.checkpoint import Checkpoints
+from vvt_jax.training.checkpoint import Best, Checkpoints
 from vvt_jax.training.configuration import ConfigError
+from vvt_jax.training.plan import make_plan, open_sources
+from vvt_jax.training.programs import Programs
 from vvt_jax.weights.pretrained import load_pretrained
 
 _FINISHED = {}
@@ -203,17 +204,18 @@ def test_the_moving_average_is_measured_and_is_the_model(small_config, tmp_path,
 
 
 @pytest.fixture
-def make_run(small_config):
-    return lambda: train._Run(small_config, train._open_sources(small_config))
+def make_small_plan(small_config):
+    return lambda: make_plan(small_config, open_sources(small_config))
 
 
-def test_the_compiled_step_takes_the_memory_over_and_no_other_shape(make_run):
-    run = make_run()
-    state = run.init_state()
-    train_step = run.compile_train_step()
-    stream = run.broken_images(print).watch(run.train_batches(0))
+def test_the_compiled_step_takes_the_memory_over_and_no_other_shape(make_small_plan):
+    plan = make_small_plan()
+    programs = Programs(plan)
+    state = programs.init_state()
+    train_step = programs.compile_train_step()
+    stream = plan.broken_images(print).watch(plan.train_batches(0))
     with contextlib.closing(stream) as batches:
-        (batch,) = sharding.to_devices([next(batches)], run.mesh)
+        (batch,) = sharding.to_devices([next(batches)], plan.mesh)
         new, done = train_step(state, batch)
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
         with pytest.raises(TypeError, match=r"uint8\[64,32,32,3\]"):
@@ -222,19 +224,19 @@ def test_the_compiled_step_takes_the_memory_over_and_no_other_shape(make_run):
         assert done.block_until_ready() == 1  # it outlives the state that it came with
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(finished, small_config, make_run, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run(finished, small_config, make_small_plan, tmp_path):
     """Here from weights that became infinite: the step after the checkpoint that holds them."""
     shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
     for step in _checkpoints(tmp_path):
         shutil.rmtree(tmp_path / "checkpoints" / str(step))
-    state = make_run().init_state()
+    state = Programs(make_small_plan()).init_state()
     state = dataclasses.replace(
         state,
         step=jnp.asarray(4, jnp.int32),
         params=jax.tree.map(lambda p: jnp.full_like(p, jnp.inf), state.params),
     )
     with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
-        checkpoints.save(4, state, train.Best())
+        checkpoints.save(4, state, Best())
     with pytest.raises(NonFiniteLossError, match="not finite at step 5: the last checkpoint is"):
         train_and_evaluate(small_config, tmp_path)
     assert _checkpoints(tmp_path) == [4]
@@ -243,21 +245,22 @@ def test_a_loss_that_is_not_finite_stops_the_run(finished, small_config, make_ru
 
 
 @pytest.mark.parametrize("part", ["params", "ema"])
-def test_weights_that_are_not_finite_are_not_saved(make_run, small_config, part):
+def test_weights_that_are_not_finite_are_not_saved(make_small_plan, small_config, part):
     """A step can have a finite loss and yet make them so."""
     small_config.optimizer.ema_decay = 0.5
-    run = make_run()
-    state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), run.abstract_state)
-    run.check_finite(state)
+    plan = make_small_plan()
+    programs = Programs(plan)
+    state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), plan.abstract_state)
+    programs.check_finite(state)
     bad = getattr(state, part)
     bad["head"]["bias"] = bad["head"]["bias"].at[1].set(jnp.nan)
     with pytest.raises(NonFiniteLossError, match="weights after step 0 are not finite"):
-        run.check_finite(state)
+        programs.check_finite(state)
 
 
 @pytest.mark.slow
 def test_a_learning_rate_that_is_too_high_leaves_the_last_good_checkpoint(
-    small_config, make_run, tmp_path
+    small_config, make_small_plan, tmp_path
 ):
     small_config.optimizer.learning_rate = 1e30
     small_config.optimizer.clip_norm = 0.0
@@ -272,7 +275,7 @@ def test_a_learning_rate_that_is_too_high_leaves_the_last_good_checkpoint(
     assert kept
     assert max(kept) < step
     with Checkpoints(tmp_path / "checkpoints", keep=None) as checkpoints:
-        state, _ = checkpoints.restore(make_run().abstract_state)
+        state, _ = checkpoints.restore(make_small_plan().abstract_state)
     assert state.step == max(kept)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 

@@ -26,7 +26,7 @@ def training_batch(
     """What the model sees at a step of training.
 
     Args:
-        config: of the run.
+        config: of a new run.
         step: counted from 1.
         flagged: fields that were set on the command line.
 
@@ -37,12 +37,22 @@ def training_batch(
     Raises:
         UserError: the config or its data is unsuitable.
     """
-    from vvt_jax import train  # imports jax
+    import jax  # after --help
 
-    images, targets, record, names = train.see_batch(config, step, flagged=flagged)
-    mean, std = (np.asarray(record[key], np.float32) for key in ("mean", "std"))
+    from vvt_jax.training import configuration, mixing
+    from vvt_jax.training.plan import make_plan, open_sources, see_batch
+    from vvt_jax.training.provenance import Provenance
+
+    configuration.check_values(config)
+    made = Provenance(config, None, flagged)
+    sources = made.match(open_sources(made.config, cuts=made.cuts))
+    plan = make_plan(made.config, sources)
+    key = mixing.augmentation_key(plan.config.seed, step)
+    batch = jax.jit(plan.task.prepare)(see_batch(plan, step), key)
+    images, targets = jax.device_get(batch)
+    mean, std = (np.asarray(plan.preprocessing[key], np.float32) for key in ("mean", "std"))
     pixels = np.clip((np.asarray(images) * std + mean) * 255, 0, 255).round().astype(np.uint8)
-    return pixels, np.asarray(targets), names
+    return pixels, targets, plan.main_source.class_names
 
 
 def main(argv: list[str], arguments: Mapping[str, Any]) -> None:

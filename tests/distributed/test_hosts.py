@@ -265,8 +265,8 @@ import numpy as np
 
 from configs import digits
 from vvt_jax.distributed import hosts, sharding
-from vvt_jax import train
 from vvt_jax.training.checkpoint import Best, Checkpoints
+from vvt_jax.training.plan import make_plan, open_sources
 
 told = json.loads(sys.argv[1])
 config = digits.get_config()
@@ -277,11 +277,11 @@ config.distributed.update(told["distributed"])
 hosts.join(config.distributed, preemptible=False)
 assert jax.process_count() == told["processes"]
 assert jax.device_count() == told["processes"] * told["devices"]
-run = train._Run(config, train._open_sources(config))
+plan = make_plan(config, open_sources(config))
 folder, link = Path(told["folder"]), told["link"]
 if link:
     with Checkpoints(folder / str(link - 1), keep=None) as checkpoints:
-        state, best = checkpoints.restore(run.abstract_state)
+        state, best = checkpoints.restore(plan.abstract_state)
     assert best == Best(step=link - 1, score=0.25)
 else:
     rng = np.random.default_rng(0)
@@ -291,16 +291,16 @@ else:
         values = np.asarray(values).astype(leaf.dtype)
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda i: values[i])
 
-    state = jax.tree.map(draw, run.abstract_state)
-layouts = jax.tree.map(lambda x: x.sharding, (state, run.abstract_state))
+    state = jax.tree.map(draw, plan.abstract_state)
+layouts = jax.tree.map(lambda x: x.sharding, (state, plan.abstract_state))
 assert layouts[0] == layouts[1]
 with Checkpoints(folder / str(link), keep=1) as checkpoints:
     checkpoints.save(link + 1, state, Best(step=link, score=0.25))
 leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(hosts.fetch(state))]
-stream = run.broken_images(print).watch(run.train_batches(2 * link))
+stream = plan.broken_images(print).watch(plan.train_batches(2 * link))
 batches = []
-for batch in sharding.to_devices(stream, run.mesh, config.batch_size):
-    rows = len(sharding.local_rows(run.mesh, config.batch_size))
+for batch in sharding.to_devices(stream, plan.mesh, config.batch_size):
+    rows = len(sharding.local_rows(plan.mesh, config.batch_size))
     assert rows == told["rows"], rows
     batches.append(hosts.fetch(batch))
     if len(batches) == 2:

@@ -15,7 +15,7 @@ from vvt_jax.data.loader import eval_batches
 from vvt_jax.data.sources import open_source
 from vvt_jax.inference.predictor import Predictor, logits_of
 from vvt_jax.system.errors import UserError
-from vvt_jax.training.evaluate import make_eval_step
+from vvt_jax.training.eval_step import make_eval_step
 
 _QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 

@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict
 from configs import digits
 from vvt_jax import train
 from vvt_jax.training.checkpoint import Checkpoints
+from vvt_jax.training.plan import make_plan, open_sources
 from vvt_jax.weights.pretrained import load_pretrained
 
 _RUN = Path(__file__).with_name("older_run")
@@ -51,9 +52,8 @@ def _digest(tree) -> str:
 
 
 def test_its_checkpoint_is_restored_bit_for_bit(older_run, config):
-    run = train._Run(config, train._open_sources(config))
     with Checkpoints(older_run / "checkpoints", keep=None) as checkpoints:
-        state, best = checkpoints.restore(run.abstract_state)
+        state, best = checkpoints.restore(make_plan(config, open_sources(config)).abstract_state)
     assert (int(state.step), best.step) == (4, 4)
     assert _digest(state) == _STATE
 

@@ -1,106 +1,144 @@
-"""Evaluation that counts every example exactly once, whatever the batch size."""
+"""Measuring a run's weights on the parts of its data, and on further sets."""
 
-import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import linen as nn
+import PIL.Image
 
-from vvt_jax.data.preprocess import normalize
-from vvt_jax.distributed import sharding
-from vvt_jax.training.losses import cross_entropy
+from vvt_jax.data.examples import DataError, Source
+from vvt_jax.data.loader import why_broken
+from vvt_jax.data.sources import imagenet_sets
+from vvt_jax.distributed import hosts
+from vvt_jax.system.storage import AnyPath
+from vvt_jax.training import charts
+from vvt_jax.training.plan import Plan
+from vvt_jax.training.programs import Programs
+from vvt_jax.training.reporting import Reporter
+from vvt_jax.training.step import TrainState
 
-Sums = dict[str, jax.Array]
+Say = Callable[[str], object]
 
 
-def make_eval_step(
-    model: nn.Module, preprocessing: Mapping[str, Any], *, confusion: bool = False
-) -> Callable[[Any, Mapping[str, jax.Array]], Sums]:
-    """Sums over a batch of loss, top-1 and top-5 hits and examples, a pure function for `jax.jit`.
+class BrokenSplitError(DataError):
+    """More broken images in a split than the config allows. All processes of a run raise it."""
 
-    Batches are `image`, uint8 `[batch, height, width, 3]`, `label`, int32 `[batch]`, and `mask`,
-    bool `[batch]`, False for padding. With fewer than five classes, top-5 looks at all of them.
 
-    With `confusion`, also how often which class (row) was taken for which (column): int32
-    `[num_classes, num_classes]`.
+class Evaluation:
+    """Measures states of a run.
+
+    Args:
+        plan: of the run.
+        programs: of the run.
+        say: takes a sentence about each broken image, once a run.
     """
 
-    def eval_step(variables: Any, batch: Mapping[str, jax.Array]) -> Sums:
-        logits: Any = model.apply(variables, normalize(batch["image"], preprocessing))
-        _, ranked = jax.lax.top_k(logits, min(5, logits.shape[-1]))
-        hits = (ranked == batch["label"][:, None]) & batch["mask"][:, None]
-        losses = jnp.where(batch["mask"], cross_entropy(logits, batch["label"]), 0)
-        sums = {
-            "loss": losses.sum(),
-            "top1": hits[:, 0].sum(dtype=jnp.int32),
-            "top5": hits.sum(dtype=jnp.int32),
-            "examples": batch["mask"].sum(dtype=jnp.int32),
-        }
-        if confusion:
-            counts = jnp.zeros((logits.shape[-1],) * 2, jnp.int32)
-            counted = batch["mask"].astype(jnp.int32)
-            sums["confusion"] = counts.at[batch["label"], ranked[:, 0]].add(counted)
-        return sums
+    def __init__(self, plan: Plan, programs: Programs, say: Say):
+        self._plan, self._programs, self._say = plan, programs, say
+        self._named: set[tuple[str, int]] = set()
 
-    return eval_step
+    def measure(
+        self,
+        state: TrainState,
+        part: str,
+        prefix: str,
+        folder: AnyPath | None = None,
+        show: Callable[[str, PIL.Image.Image], None] | None = None,
+    ) -> dict[str, float]:
+        """Measurements on a part of the data, none where the config names no split for it.
+
+        Args:
+            state: whose weights are measured, and whose averaged ones, if it has some.
+            part: of the data, such as `validation`.
+            prefix: of the measurements' names, such as `eval`.
+            folder: for tables of what each class is taken for.
+            show: takes a name and a picture of predictions.
+
+        Raises:
+            BrokenSplitError: more broken images than `config.data.broken_limit`.
+        """
+        if part not in self._plan.sources:
+            return {}
+        source = self._plan.sources[part]
+        metrics: dict[str, float] = {}
+        for name, ema in _kinds_of_weights(state, prefix):
+            variables = self._programs.variables(state, ema=ema)
+            measured = self._programs.measure(variables, source)
+            metrics |= {f"{name}/{key}": value for key, value in measured.metrics.items()}
+            metrics[f"{name}/broken"] = len(measured.broken)
+            self._report_broken(f"the {part} split", source, measured.broken)
+            if not hosts.is_first():
+                continue
+            if measured.confusion is not None and folder is not None:
+                self._plan.task.write_tables(folder, name, measured.confusion)
+            if measured.picture is not None and show is not None:
+                show(name, measured.picture)
+        return metrics
+
+    def score(self, metrics: Mapping[str, float]) -> float | None:
+        """What says whether weights are better than others, None where it was not measured."""
+        name = self._plan.task.score
+        return metrics.get(f"eval_ema/{name}", metrics.get(f"eval/{name}"))
+
+    def is_owed(self, step: int, reporter: Reporter) -> bool:
+        """Whether a run that goes on at a step had no chance to measure there, since its data was
+        broken. The first process decides for all."""
+        steps, sources = self._plan.steps, self._plan.sources
+        wanted = ["eval/loss"] if steps.due(step).evaluate and "validation" in sources else []
+        if step == steps.total and "test" in sources:
+            wanted.append("test/loss")
+        owed = hosts.is_first() and any(not reporter.has(step, name) for name in wanted)
+        return bool(hosts.union([1] if owed else []))
+
+    def open_also(self, cache_dir: AnyPath | None) -> list[imagenet_sets.EvaluationSet]:
+        """The sets of `config.data.eval_also`."""
+        data = self._plan.config.data
+        return imagenet_sets.open_sets(
+            data.eval_also,
+            self._plan.main_source.class_names,
+            self._plan.model.num_classes,
+            data_dir=data.data_dir if data.source.startswith("tfds:") else None,
+            cache_dir=cache_dir,
+            upright=data.upright,
+        )
+
+    def measure_also(
+        self, state: TrainState, sets: Sequence[imagenet_sets.EvaluationSet], folder: AnyPath
+    ) -> dict[str, float]:
+        """Measurements on those sets; a table of the corruptions goes into the folder."""
+        metrics: dict[str, float] = {}
+        for suffix, ema in _kinds_of_weights(state, "") if sets else ():
+            variables = self._programs.variables(state, ema=ema)
+            measured: dict[str, Mapping[str, float]] = {}
+            for each in sets:
+                whole = {"crop_fraction": 1.0} if each.cropped else {}
+                found = self._programs.measure_set(variables, each.source, **whole)
+                self._report_broken(each.name, each.source, found.broken)
+                measured[each.name] = found.metrics
+            measured, errors, relative = imagenet_sets.sum_up_corruptions(measured)
+            if errors and hosts.is_first():
+                path = folder / f"{imagenet_sets.CORRUPTED}{suffix}.csv"
+                charts.write_corruptions(path, errors, relative, imagenet_sets.SEVERITIES)
+            metrics |= {
+                f"{name}{suffix}/{key}": value
+                for name, values in measured.items()
+                for key, value in values.items()
+            }
+        return metrics
+
+    def _report_broken(self, name: str, source: Source, broken: Sequence[int]) -> None:
+        """Names the broken images of an evaluation, each once a run."""
+        limit = self._plan.config.data.broken_limit
+        count, examples = len(broken), len(source.examples)
+        if count > limit or (count and count == examples):
+            many = f"{count} of the {examples} images of {name} are broken"
+            if count > limit:
+                many += f", more than config.data.broken_limit={limit} allows"
+            raise BrokenSplitError(f"{many}. The first one: {why_broken(source, broken[0])}")
+        for index in broken:
+            if (name, index) not in self._named:
+                self._named.add((name, index))
+                self._say(f"Left a broken image of {name} out. {why_broken(source, index)}")
 
 
-def make_set_step(
-    model: nn.Module, preprocessing: Mapping[str, Any]
-) -> Callable[[Any, Mapping[str, jax.Array]], Sums]:
-    """As `make_eval_step`, where several classes may be right and some can't be chosen.
-
-    Of a batch `label` is int8 `[batch, num_classes]`: 1 where the class is right, 0 where it is
-    wrong, -1 where the model may not choose it. A hit is any right class; the loss is that of the
-    right classes' probability together, among those that can be chosen. An example without a right
-    class counts nowhere.
-    """
-
-    def set_step(variables: Any, batch: Mapping[str, jax.Array]) -> Sums:
-        logits: Any = model.apply(variables, normalize(batch["image"], preprocessing))
-        right = batch["label"] > 0
-        logits = jnp.where(batch["label"] < 0, -jnp.inf, logits)
-        counted = batch["mask"] & right.any(-1)
-        _, ranked = jax.lax.top_k(logits, min(5, logits.shape[-1]))
-        hits = jnp.take_along_axis(right, ranked, axis=-1) & counted[:, None]
-        of_right = jax.nn.logsumexp(jnp.where(right, logits, -jnp.inf), axis=-1)
-        losses = jnp.where(counted, jax.nn.logsumexp(logits, axis=-1) - of_right, 0)
-        return {
-            "loss": losses.sum(),
-            "top1": hits[:, 0].sum(dtype=jnp.int32),
-            "top5": hits.any(-1).sum(dtype=jnp.int32),
-            "examples": counted.sum(dtype=jnp.int32),
-        }
-
-    return set_step
-
-
-def evaluate(
-    eval_step: Callable[[Any, Mapping[str, jax.Array]], Sums],
-    variables: Any,
-    batches: Iterable[Mapping[str, jax.Array]],
-) -> tuple[dict[str, float], np.ndarray | None]:
-    """Mean `loss` (nats), `top1` and `top5` (fractions) and the number of `examples`; and the
-    confusion matrix, where the step counts one. The means over no examples are not a number."""
-    host: dict[str, np.ndarray] = {}
-
-    def add(finished: Iterable[Sums]) -> None:
-        for sums in finished:
-            for name, value in jax.device_get(sums).items():
-                host[name] = host[name] + value if name in host else value
-
-    dispatched = sharding.Dispatched()
-    for batch in batches:
-        add(dispatched.add(eval_step(variables, batch)))
-    add(dispatched.finish())
-    if not host:
-        raise ValueError("There is nothing to evaluate: no batch came.")
-    examples = int(host["examples"])
-    means = {
-        name: float(host[name]) / examples if examples else math.nan
-        for name in ("loss", "top1", "top5")
-    }
-    return {**means, "examples": examples}, host.get("confusion")
+def _kinds_of_weights(state: TrainState, prefix: str) -> list[tuple[str, bool]]:
+    """(Name, whether averaged) of each of the state's weights, which are measured apart."""
+    return [(prefix, False)] + ([(f"{prefix}_ema", True)] if state.ema is not None else [])

@@ -28,7 +28,7 @@ from vvt_jax.system.errors import MissingPackageError
 from vvt_jax.system.storage import AnyPath
 from vvt_jax.training import charts, mixing
 from vvt_jax.training.configuration import ConfigError
-from vvt_jax.training.evaluate import evaluate, make_eval_step, make_set_step
+from vvt_jax.training.eval_step import evaluate, make_eval_step, make_set_step
 from vvt_jax.training.losses import mean_cross_entropy, pixel_cross_entropy
 from vvt_jax.weights.inference_settings import check_inference, plain_inference
 

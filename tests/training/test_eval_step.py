@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from vvt_jax.data.loader import eval_batches
 from vvt_jax.data.sources import open_source
-from vvt_jax.training.evaluate import evaluate, make_eval_step, make_set_step
+from vvt_jax.training.eval_step import evaluate, make_eval_step, make_set_step
 
 _RECORD = {"mean": [0.0, 0.0, 0.0], "std": [1 / 255, 1 / 255, 1 / 255]}  # leaves 0..255 alone
 _PADDING = 255  # the pixel that stands for it
