@@ -109,7 +109,7 @@ def draw_variables(model, seed: int = 0) -> dict:
     import numpy as np
     from flax.traverse_util import unflatten_dict
 
-    from vvt_jax.weights.shapes import variable_shapes
+    from vvt_jax.models.shapes import variable_shapes
 
     rng = np.random.default_rng(seed)
     drawn = {}

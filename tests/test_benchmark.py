@@ -7,7 +7,8 @@ import pytest
 
 from tests import fork_server
 from vvt_jax import benchmark
-from vvt_jax.benchmark import Program, Setting
+from vvt_jax.costs.program import Program, Setting
+from vvt_jax.costs.targets import target_devices
 from vvt_jax.system.errors import UserError
 
 _SMALL = ["--model=vvt_nano", "--size=32x64", "--batch=2", "--seconds=0.1"]
@@ -105,10 +106,10 @@ def test_a_target_without_its_compiler_says_what_to_install():
         import libtpu  # noqa: F401
     except ImportError:
         with pytest.raises(UserError, match=r"pip install 'vvt-jax\[tpu\]'"):
-            benchmark.target_devices("v5e:2x2")
+            target_devices("v5e:2x2")
     else:
         with pytest.raises(UserError, match="v0:9x9"):
-            benchmark.target_devices("v0:9x9")
+            target_devices("v0:9x9")
 
 
 # What does not depend on the clock

@@ -21,8 +21,8 @@ from vvt_jax import convert
 from vvt_jax.data.imagenet import class_names
 from vvt_jax.system.errors import UserError
 from vvt_jax.weights import torch_files
+from vvt_jax.weights.checks import WeightsError
 from vvt_jax.weights.published import published_shapes, recognise
-from vvt_jax.weights.shapes import WeightsError
 
 _MICRO = {"depths": (1, 2, 1, 3), "embed_dims": (8, 8, 16, 24), "num_classes": 5, "unroll": False}
 

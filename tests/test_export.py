@@ -12,7 +12,7 @@ from flax.traverse_util import unflatten_dict
 
 from vvt_jax import create_model, export, load_pretrained, save_pretrained
 from vvt_jax.models import forms
-from vvt_jax.weights.shapes import variable_shapes
+from vvt_jax.models.shapes import variable_shapes
 
 _CARD = {
     "preprocessing": {

@@ -15,7 +15,8 @@ from ml_collections import config_flags
 
 from vvt_jax.system.errors import UnwrittenError, UserError
 from vvt_jax.system.output import outlive_readers
-from vvt_jax.training.configuration import ConfigError, flagged_fields, parse_flags
+from vvt_jax.training.config_flags import flagged_fields, parse_flags
+from vvt_jax.training.configuration import ConfigError
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file with get_config(); configs/common.py lists the fields."

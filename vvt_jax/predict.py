@@ -13,31 +13,29 @@ standard error and the others go on; the exit status is then 1.
 """
 
 import argparse
-import csv
 import dataclasses
 import glob
 import io
 import itertools
-import json
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
 import PIL.Image
 
 from vvt_jax.data.examples import BrokenImageError
 from vvt_jax.data.image_files import SUFFIXES, list_files
+from vvt_jax.inference.answers import FORMATTERS, Areas, escaped
 from vvt_jax.system import storage
 from vvt_jax.system.errors import UserError
 from vvt_jax.system.storage import SizeLimit
 
 if TYPE_CHECKING:
-    from vvt_jax.inference.predictor import Prediction, Predictor
+    from vvt_jax.inference.predictor import Predictor
 
 
 def read_labels(path: str | os.PathLike) -> list[str]:
@@ -106,24 +104,6 @@ def _below(root: str, complain: Callable[[str], None]) -> Iterator[_Found]:
 
     for name in list_files(Path(root), on_error=refuse, workdirs=True):
         yield _Found(os.path.join(root, name), name)
-
-
-@dataclasses.dataclass(frozen=True)
-class Areas:
-    """The classes of an image's pixels, the largest first.
-
-    Attributes:
-        labels: the classes' numbers, from 0.
-        names: their names.
-        shares: of the image's pixels, from 0 to 1.
-    """
-
-    labels: tuple[int, ...]
-    names: tuple[str, ...]
-    shares: tuple[float, ...]
-
-
-Answer: TypeAlias = "Prediction | Areas"
 
 
 class Pictures:
@@ -197,44 +177,6 @@ class Pictures:
             temporary.unlink(missing_ok=True)
 
 
-def _table(image: str, answer: Answer) -> str:
-    _, names, shares = dataclasses.astuple(answer)
-    rows = zip(shares, names, strict=True)
-    return "\n".join(
-        [_escaped(image), *(f"  {share:8.2%}  {_escaped(name)}" for share, name in rows)]
-    )
-
-
-def _escaped(text: str) -> str:
-    """Without what would break the line, or act on a terminal, as a name of a file may."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", lambda found: ascii(found[0])[1:-1], text)
-
-
-def _json(image: str, answer: Answer) -> str:
-    return json.dumps({"image": image, **dataclasses.asdict(answer)})
-
-
-def _csv(image: str, answer: Answer) -> str:
-    rows = zip(*dataclasses.astuple(answer), strict=True)
-    return _csv_lines(
-        [image, rank, label, name, f"{share:.6f}"]
-        for rank, (label, name, share) in enumerate(rows, 1)
-    )
-
-
-def _csv_lines(rows: Iterable[Sequence[Any]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue().rstrip("\n")
-
-
-_FORMATS: dict[str, Callable[[str, Answer], str]] = {
-    "table": _table,
-    "json": _json,
-    "csv": _csv,
-}
-
-
 def _positive(text: str) -> int:
     if not text.isdecimal() or not 0 < int(text) < 10**6:
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 to 999999")
@@ -254,7 +196,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--batch", type=_positive, default=16, help="images a call; default 16 (a segmenter: 1)"
     )
-    parser.add_argument("--format", choices=_FORMATS, default="table", help="default: table")
+    parser.add_argument("--format", choices=FORMATTERS, default="table", help="default: table")
     parser.add_argument("--labels", metavar="FILE", help="class names, one a line")
     pictures = parser.add_mutually_exclusive_group()
     pictures.add_argument(
@@ -349,7 +291,7 @@ def _classify(
             logits, maps = predictor.run(class_map, pixels)
         for i, (path, image) in enumerate(sound):
             prediction = predictor.describe(logits[i], options.top)
-            print(_FORMATS[options.format](path, prediction), flush=True)
+            print(FORMATTERS[options.format](path, prediction), flush=True)
             if heat_maps is not None and maps is not None:
                 heat_maps.write(path, explain.overlay(image, maps[i]))
 
@@ -375,7 +317,7 @@ def _segment(
         except BrokenImageError as error:
             complain(str(error))
             continue
-        print(_FORMATS[options.format](path, _areas(classes, predictor, options.top)), flush=True)
+        print(FORMATTERS[options.format](path, _areas(classes, predictor, options.top)), flush=True)
         if masks is not None:
             tinted = overlay.draw_overlay(image, classes, count)
             masks.write(path, tinted, overlay.index_mask(classes, count))
@@ -399,7 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def complain(sentence: str) -> None:
         nonlocal complaints
         complaints += 1
-        print(f"error: {_escaped(sentence)}", file=sys.stderr, flush=True)
+        print(f"error: {escaped(sentence)}", file=sys.stderr, flush=True)
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # names of files come out as they went in

@@ -21,7 +21,8 @@ from ml_collections import ConfigDict, config_flags
 
 from vvt_jax.system.errors import UserError
 from vvt_jax.training import configuration
-from vvt_jax.training.configuration import ConfigError, parse_flags
+from vvt_jax.training.config_flags import parse_flags
+from vvt_jax.training.configuration import ConfigError
 
 NEIGHBOURS = 20
 _TEMPERATURE = 0.07  # of the neighbours' weights

@@ -17,7 +17,8 @@ from ml_collections import ConfigDict, config_flags
 from vvt_jax.data.contact_sheet import draw_sheet
 from vvt_jax.data.overlay import draw_comparison
 from vvt_jax.system.errors import UserError
-from vvt_jax.training.configuration import ConfigError, flagged_fields, parse_flags
+from vvt_jax.training.config_flags import flagged_fields, parse_flags
+from vvt_jax.training.configuration import ConfigError
 
 
 def training_batch(

@@ -18,9 +18,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from vvt_jax.benchmark import Program, Setting, target_devices, time_in_turn
-from vvt_jax.costs import counting
-from vvt_jax.models import create_model
+from vvt_jax.costs.program import Program, Setting, time_in_turn
+from vvt_jax.costs.targets import target_devices
+from vvt_jax.models import counting, create_model
 from vvt_jax.system.errors import UserError
 
 HERE = Path(__file__).parent

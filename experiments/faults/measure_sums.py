@@ -16,7 +16,8 @@ import numpy as np
 from absl import app, flags
 
 from vvt_jax import create_model
-from vvt_jax.training.checkpoint import SUMS, Best, Checkpoints, verify_sums
+from vvt_jax.training.checkpoint import Best, Checkpoints
+from vvt_jax.training.checksums import SUMS, verify_sums
 
 _MODEL = flags.DEFINE_string("model", "vvt_tiny", "A name of vvt_jax.list_models().")
 

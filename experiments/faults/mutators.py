@@ -30,12 +30,13 @@ from vvt_jax.data.image_files import decode
 from vvt_jax.data.sources import folder_segmentation
 from vvt_jax.data.sources.tfrecord import masked_crc, read_offsets
 from vvt_jax.inference.predictor import Predictor
+from vvt_jax.models.shapes import variable_shapes
 from vvt_jax.system.errors import UserError
 from vvt_jax.training import configuration
 from vvt_jax.weights import pretrained, torch_files
 from vvt_jax.weights.inference_settings import check_inference
 from vvt_jax.weights.published import read_published
-from vvt_jax.weights.shapes import variable_shapes
+from vvt_jax.weights.torch_pickle import Tensor
 
 Reader = Callable[[], Any]
 _FIELDS = {"embed_dims": (8, 8, 8, 8), "num_heads": (1, 1, 1, 1), "num_classes": 3}
@@ -278,7 +279,7 @@ def _read_pth(files: SoundFiles, content: bytes, rng: np.random.Generator) -> Re
             if not waiting:
                 break
             value = waiting.pop()
-            if isinstance(value, torch_files.Tensor):
+            if isinstance(value, Tensor):
                 array = value.read()
                 assert array.shape == value.shape
                 total += int(np.nansum(array.astype(np.float32) != 0))  # touches all of it

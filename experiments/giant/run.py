@@ -20,7 +20,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from vvt_jax.benchmark import Program, Setting, target_devices, time_in_turn
+from vvt_jax.costs.program import Program, Setting, time_in_turn
+from vvt_jax.costs.targets import target_devices
 from vvt_jax.distributed import sharding
 from vvt_jax.system.huge_pages import restart_with_huge_pages
 

@@ -13,7 +13,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from vvt_jax.costs import counting
+from vvt_jax.models import counting
 
 HERE = Path(__file__).parent
 COSTS = HERE.parent / "costs"

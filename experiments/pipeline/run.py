@@ -86,7 +86,7 @@ def rate() -> None:
 
 def contention() -> None:
     """A worker process beside a training step that takes all cores."""
-    from vvt_jax.benchmark import Program, Setting
+    from vvt_jax.costs.program import Program, Setting
 
     fields = imagenet.get_config().augment.to_dict()
     run = Program(Setting("vvt_nano", batch=16, train=True)).make_run()

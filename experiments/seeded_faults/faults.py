@@ -639,27 +639,27 @@ FAULTS = (
     ),
     Fault(
         id="best-replaced-by-equal",
-        file="vvt_jax/train.py",
-        old="score > best.score",
-        new="score >= best.score",
+        file="vvt_jax/training/milestones.py",
+        old="score > self._best.score",
+        new="score >= self._best.score",
         kind="wrong comparison",
         test="tests/test_train.py",
         effect="Of evaluations with equal scores the last one counts as the best.",
     ),
     Fault(
         id="logged-rate-one-step-late",
-        file="vvt_jax/train.py",
-        old="self._schedule(step - skipped - 1)",
-        new="self._schedule(step - skipped)",
+        file="vvt_jax/training/readback.py",
+        old="plan.schedule(step - skipped - 1)",
+        new="plan.schedule(step - skipped)",
         kind="off-by-one",
         test="tests/test_train.py",
         effect="The learning rate in the metrics is that of the next step.",
     ),
     Fault(
         id="no-flush-before-checkpoint",
-        file="vvt_jax/train.py",
-        old="# nothing that was learnt is lost for the data\n                reporter.flush()\n",
-        new="# nothing that was learnt is lost for the data\n",
+        file="vvt_jax/training/milestones.py",
+        old="        self._reporter.flush()\n",
+        new="",
         kind="missed flush",
         test="tests/test_train.py",
         effect="In an object store, a checkpoint can be there while the lines of its steps are "
@@ -668,7 +668,7 @@ FAULTS = (
     Fault(
         id="totals-never-reset",
         file="vvt_jax/train.py",
-        old="                state = dataclasses.replace(state, totals=run.no_totals())\n",
+        old="                state = programs.without_totals(state)\n",
         new="",
         kind="stale state",
         test="tests/test_train.py",
@@ -676,7 +676,7 @@ FAULTS = (
     ),
     Fault(
         id="best-chosen-by-raw-weights",
-        file="vvt_jax/train.py",
+        file="vvt_jax/training/evaluate.py",
         old='metrics.get(f"eval_ema/{name}", metrics.get(f"eval/{name}"))',
         new='metrics.get(f"eval/{name}", metrics.get(f"eval_ema/{name}"))',
         kind="wrong order",
@@ -912,7 +912,7 @@ FAULTS = (
     ),
     Fault(
         id="tensor-offset-ignored",
-        file="vvt_jax/weights/torch_files.py",
+        file="vvt_jax/weights/torch_pickle.py",
         old="as_strided(flat[offset:], shape",
         new="as_strided(flat, shape",
         kind="dropped offset",
@@ -939,7 +939,7 @@ FAULTS = (
     ),
     Fault(
         id="surplus-weights-accepted",
-        file="vvt_jax/weights/shapes.py",
+        file="vvt_jax/weights/checks.py",
         old="surplus = [name for name in given if name not in expected]",
         new="surplus: list[str] = []",
         kind="skipped check",
@@ -1003,7 +1003,7 @@ FAULTS = (
     # What it costs, and what prepares the ground
     Fault(
         id="training-counted-as-forward",
-        file="vvt_jax/benchmark.py",
+        file="vvt_jax/costs/program.py",
         old="return (3 if self.setting.train else 1) * sum(layer.published",
         new="return sum(layer.published",
         kind="dropped factor",
@@ -1012,11 +1012,11 @@ FAULTS = (
     ),
     Fault(
         id="scanned-blocks-counted-once",
-        file="vvt_jax/costs/counting.py",
+        file="vvt_jax/models/counting.py",
         old='inner = times * (equation.params["length"] if kind == "scan" else 1)',
         new="inner = times",
         kind="dropped factor",
-        test="tests/costs/test_counting.py",
+        test="tests/models/test_counting.py",
         effect="Each stage costs as much as one of its blocks.",
     ),
     Fault(

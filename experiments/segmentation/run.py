@@ -16,10 +16,9 @@ import sys
 import time
 from pathlib import Path
 
-from vvt_jax.costs import counting
-from vvt_jax.models import create_segmenter
+from vvt_jax.models import counting, create_segmenter
+from vvt_jax.models.shapes import variable_shapes
 from vvt_jax.system.huge_pages import restart_with_huge_pages
-from vvt_jax.weights.shapes import variable_shapes
 
 HERE = Path(__file__).parent
 SIZES = ("vvt_small", "vvt_medium", "vvt_large")

@@ -17,8 +17,8 @@ from vvt_jax import attention
 from vvt_jax.data.sources import open_source
 from vvt_jax.inference import explain
 from vvt_jax.inference.predictor import Predictor
+from vvt_jax.models.shapes import variable_shapes
 from vvt_jax.system.errors import UserError
-from vvt_jax.weights.shapes import variable_shapes
 
 _QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 _RECORD = {

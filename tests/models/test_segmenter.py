@@ -12,10 +12,9 @@ import pytest
 
 from tests import fork_server
 from tests.conftest import draw_variables
-from vvt_jax.costs import counting
-from vvt_jax.models import create_model, create_segmenter
+from vvt_jax.models import counting, create_model, create_segmenter
 from vvt_jax.models.segmenter import HEADS, adaptive_average, resize_bilinear
-from vvt_jax.weights.shapes import variable_shapes
+from vvt_jax.models.shapes import variable_shapes
 
 # (parameters, printed M, printed G of multiply-adds at 512²); the paper's table on ADE20K
 _PRINTED = {

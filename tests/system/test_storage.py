@@ -21,7 +21,7 @@ from vvt_jax.system import storage
 from vvt_jax.system.storage import StorageError
 from vvt_jax.training.checkpoint import CheckpointError, check_folder
 from vvt_jax.training.reporting import Reporter
-from vvt_jax.weights.shapes import WeightsError
+from vvt_jax.weights.checks import WeightsError
 
 _SHORT = "--config.total_steps=12"
 

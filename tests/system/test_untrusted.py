@@ -11,7 +11,8 @@ from configs import digits
 from vvt_jax import predict
 from vvt_jax.data.sources import tfrecord
 from vvt_jax.system.errors import UserError
-from vvt_jax.training import checkpoint, configuration, reporting
+from vvt_jax.training import configuration, reporting
+from vvt_jax.training.checksums import SUMS, DamagedError, verify_sums
 
 
 def _settle(folder):
@@ -65,14 +66,14 @@ def test_a_pipe_is_named_and_not_waited_for(tmp_path, name, read):
 
 
 def test_a_pipe_among_a_checkpoints_files_is_damage(tmp_path):
-    os.mkfifo(tmp_path / checkpoint.SUMS)
-    with pytest.raises(checkpoint.DamagedError):
-        checkpoint.verify_sums(tmp_path)
-    (tmp_path / checkpoint.SUMS).unlink()
-    (tmp_path / checkpoint.SUMS).write_text(f"{'0' * 64}  file\n")
+    os.mkfifo(tmp_path / SUMS)
+    with pytest.raises(DamagedError):
+        verify_sums(tmp_path)
+    (tmp_path / SUMS).unlink()
+    (tmp_path / SUMS).write_text(f"{'0' * 64}  file\n")
     os.mkfifo(tmp_path / "file")
-    with pytest.raises(checkpoint.DamagedError):
-        checkpoint.verify_sums(tmp_path)
+    with pytest.raises(DamagedError):
+        verify_sums(tmp_path)
 
 
 def test_damaged_lines_of_metrics_are_left_out(tmp_path):

@@ -17,7 +17,8 @@ import optax
 import pytest
 
 from tests import fork_server
-from vvt_jax.training.checkpoint import SUMS, Best, CheckpointError, Checkpoints
+from vvt_jax.training.checkpoint import Best, CheckpointError, Checkpoints
+from vvt_jax.training.checksums import SUMS
 from vvt_jax.training.step import Totals, TrainState
 
 

@@ -12,14 +12,9 @@ from configs import ade20k, common, digits, imagenet
 from vvt_jax.data.augment import check_augment
 from vvt_jax.models import create, list_models
 from vvt_jax.training import configuration
+from vvt_jax.training.config_flags import unknown_field
 from vvt_jax.training.config_values import RULES, problem_of, rule_of
-from vvt_jax.training.configuration import (
-    ConfigError,
-    check_values,
-    in_steps,
-    settle,
-    unknown_field,
-)
+from vvt_jax.training.configuration import ConfigError, check_values, in_steps, settle
 from vvt_jax.training.mixing import check_mixing
 from vvt_jax.training.optimizer import make_optimizer, make_schedule
 

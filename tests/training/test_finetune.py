@@ -9,12 +9,13 @@ import pytest
 
 from tests.conftest import draw_variables
 from vvt_jax import create_model, create_segmenter, save_pretrained
+from vvt_jax.models.shapes import smallest_image
 from vvt_jax.training.checkpoint import Best, CheckpointError, Checkpoints
 from vvt_jax.training.finetune import initial_variables
 from vvt_jax.training.optimizer import make_optimizer
 from vvt_jax.training.step import init_state
+from vvt_jax.weights.checks import WeightsError
 from vvt_jax.weights.published import to_pytorch
-from vvt_jax.weights.shapes import WeightsError, smallest_image
 from vvt_jax.weights.torch_files import write_file
 
 _NAMES = tuple("abcdefghij")

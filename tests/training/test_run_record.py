@@ -14,9 +14,10 @@ from vvt_jax.data.examples import DataError, Source, with_classes
 from vvt_jax.data.sources import open_source
 from vvt_jax.distributed import hosts
 from vvt_jax.distributed.hosts import GroupError
+from vvt_jax.models.shapes import smallest_image
 from vvt_jax.system.errors import UserError
 from vvt_jax.train import train_and_evaluate
-from vvt_jax.training import configuration, run_record
+from vvt_jax.training import config_flags, configuration, run_record
 from vvt_jax.training.checkpoint import Best, Checkpoints
 from vvt_jax.training.configuration import ConfigError, settle
 from vvt_jax.training.finetune import initial_variables
@@ -24,7 +25,6 @@ from vvt_jax.training.provenance import Provenance, opened_splits
 from vvt_jax.training.run_record import RecordError
 from vvt_jax.training.tasks import make_model
 from vvt_jax.weights.pretrained import load_pretrained, save_pretrained
-from vvt_jax.weights.shapes import smallest_image
 
 CLASSES = ("blue", "green", "red")
 _PREPROCESSING = {
@@ -541,7 +541,7 @@ def test_a_flag_replaces_the_other_unit_of_the_config(values, left):
     """Before, eval_every_epochs=1 went on evaluating every 100 steps."""
     config = digits.get_config()
     config.update_from_flattened_dict(values)
-    configuration._replace_units(config, values.keys())
+    config_flags._replace_units(config, values.keys())
     assert {field: config[field] for field in left} == left
 
 
@@ -549,7 +549,7 @@ def test_flags_in_two_units_are_refused():
     config = digits.get_config()
     config.total_steps, config.total_epochs = 5, 1.0
     with pytest.raises(ConfigError, match=r"--config\.total_steps and --config\.total_epochs say"):
-        configuration._replace_units(config, {"total_steps", "total_epochs"})
+        config_flags._replace_units(config, {"total_steps", "total_epochs"})
 
 
 def test_a_config_that_logs_by_epochs_does_so():

@@ -10,7 +10,8 @@ from flax.traverse_util import unflatten_dict
 from huggingface_hub import constants
 
 from vvt_jax import create_model, load_pretrained, save_pretrained
-from vvt_jax.weights.shapes import WeightsError, variable_shapes
+from vvt_jax.models.shapes import variable_shapes
+from vvt_jax.weights.checks import WeightsError
 
 _FIELDS = {"embed_dims": (8, 8, 8, 8), "num_heads": (1, 1, 1, 1)}
 _COMMITS = {"main": "a" * 40, "v2": "b" * 40}

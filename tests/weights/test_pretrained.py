@@ -20,10 +20,11 @@ from safetensors.numpy import load_file, save_file
 
 import vvt_jax
 from vvt_jax import convert
+from vvt_jax.models.shapes import variable_shapes
 from vvt_jax.system import storage
 from vvt_jax.weights import pretrained
+from vvt_jax.weights.checks import WeightsError, check_arrays
 from vvt_jax.weights.pretrained import load_pretrained, save_pretrained
-from vvt_jax.weights.shapes import WeightsError, check_arrays, variable_shapes
 
 _CARD = {
     "preprocessing": {

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vvt_jax.weights import torch_files
-from vvt_jax.weights.shapes import WeightsError
+from vvt_jax.weights import torch_files, torch_pickle
+from vvt_jax.weights.checks import WeightsError
 
 PUBLISHED = Path(__file__).parents[1] / "golden" / "micro_weights_only.pth"
 
@@ -294,7 +294,7 @@ def test_a_pickles_random_damage_never_ends_in_a_traceback():
         damaged = bytearray(program)
         for place in rng.integers(len(program), size=3):
             damaged[place] = rng.integers(256)
-        reader = torch_files._Reader(
+        reader = torch_pickle._Reader(
             "x", "archive/", {f"archive/{n}": len(c) for n, c in entries.items()}, "<"
         )
         try:

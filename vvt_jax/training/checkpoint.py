@@ -11,10 +11,9 @@ arrays left the devices. They are written before the folder gets its final name:
 """
 
 import dataclasses
-import hashlib
 import json
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -31,11 +30,10 @@ from orbax.checkpoint.checkpoint_managers import (
 from vvt_jax.system import storage
 from vvt_jax.system.errors import UnwrittenError, UserError
 from vvt_jax.system.storage import AnyPath
+from vvt_jax.training.checksums import SUMS, DamagedError, verify_sums, write_sums
 
 FORMAT_VERSION = 2
-SUMS = "SHA256SUMS"  # `sha256sum --check SHA256SUMS` reads it
 _ITEMS = ("state", "bookkeeping")
-_CHUNK = 1 << 20  # bytes
 State = TypeVar("State")
 
 
@@ -45,10 +43,6 @@ class CheckpointError(UserError):
 
 class UnwrittenCheckpointError(CheckpointError, UnwrittenError):
     """A checkpoint that can't be written."""
-
-
-class DamagedError(Exception):
-    """A checkpoint whose files are not the ones that were written; says how."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,13 +319,13 @@ class _SummedState(ocp.StandardCheckpointHandler):
     def finalize(self, directory: epath.Path) -> None:
         """Called in the first process, when all have written, before the folder is renamed."""
         super().finalize(directory)
-        _write_sums(directory)
+        write_sums(directory)
 
 
 class _SummedBookkeeping(ocp.JsonCheckpointHandler):
     def finalize(self, directory: epath.Path) -> None:
         super().finalize(directory)
-        _write_sums(directory)
+        write_sums(directory)
 
 
 def _partial_restore(wanted: Any) -> ocp.args.PyTreeRestore:
@@ -341,47 +335,6 @@ def _partial_restore(wanted: Any) -> ocp.args.PyTreeRestore:
         restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
         partial_restore=True,
     )
-
-
-def _write_sums(folder: epath.Path) -> None:
-    """Lists all files of the folder; what orbax adds later is only a mark that it is complete."""
-    sums = {path.relative_to(folder).as_posix(): _sum(path) for path in _files(folder)}
-    (folder / SUMS).write_text("".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
-
-
-def verify_sums(folder: epath.Path) -> None:
-    """Raises `DamagedError`, unless all files on the folder's list are what was written."""
-    try:
-        content = storage.read_bytes(folder / SUMS, storage.SizeLimit.SUMS)
-        lines = content.decode(errors="replace").splitlines()
-    except OSError as error:
-        raise DamagedError(f"{folder.name}/{SUMS} is missing") from error
-    if not lines:
-        raise DamagedError(f"{folder.name}/{SUMS} is empty")
-    for line in lines:
-        expected, _, name = line.partition("  ")
-        try:
-            found = _sum(folder / name)
-        except (OSError, ValueError) as error:  # the latter of a name that can be none
-            raise DamagedError(f"{folder.name}/{name} is missing") from error
-        if found != expected:
-            raise DamagedError(f"{folder.name}/{name} is not what was written")
-
-
-def _sum(path: epath.Path) -> str:
-    digest = hashlib.sha256()
-    with storage.open_to_skim(path) as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _files(folder: epath.Path) -> Iterator[epath.Path]:
-    for path in folder.iterdir():
-        if path.is_dir():
-            yield from _files(path)
-        else:
-            yield path
 
 
 def _read_version(folder: epath.Path) -> object:

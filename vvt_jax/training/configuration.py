@@ -2,15 +2,11 @@
 
 import copy
 import json
-import re
-import sys
-import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
-from absl import flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from vvt_jax.system import storage
 from vvt_jax.system.errors import UserError
@@ -52,8 +48,8 @@ _OF_A_PROCESS = (
     "profile_at_step",
     "profile_steps",
 )
-_UNITS = ("steps", "examples", "epochs")
-_DURATIONS = ("total", "log_every", "eval_every", "checkpoint_every", "optimizer.warmup")
+UNITS = ("steps", "examples", "epochs")
+DURATIONS = ("total", "log_every", "eval_every", "checkpoint_every", "optimizer.warmup")
 _NOWHERE = "nothing"  # stands for a field that one of two configs lacks
 # What the program did before a field existed, for each field whose default in configs/common.py
 # changes that: a function of the older run's config, as `config.json` has it.
@@ -91,7 +87,7 @@ def check_values(config: ConfigDict) -> None:
 
     if problem := config_values.problem_of(fields):
         refuse(*problem)
-    if not any(config[f"total_{unit}"] is not None for unit in _UNITS):
+    if not any(config[f"total_{unit}"] is not None for unit in UNITS):
         raise ConfigError(
             "None of config.total_steps, total_examples and total_epochs is set: one has to."
         )
@@ -125,7 +121,7 @@ def in_steps(
         default: epochs, where none of the three is given.
         default_steps: the same in steps; it goes before `default`.
     """
-    steps, seen, epochs = (fields[f"{name}_{unit}"] for unit in _UNITS)
+    steps, seen, epochs = (fields[f"{name}_{unit}"] for unit in UNITS)
     if steps is None and seen is None and epochs is None:
         steps, epochs = default_steps, default
     if steps is not None:
@@ -242,107 +238,6 @@ def shared_fields(config: ConfigDict) -> dict[str, Any]:
     }
 
 
-def flagged_fields(config_flag: flags.FlagHolder) -> frozenset[str]:
-    """The fields that the command line sets, such as `data.size`."""
-    return frozenset(config_flags.get_override_values(flags.FLAGS[config_flag.name]))
-
-
-def _replace_units(config: ConfigDict, flagged: Collection[str]) -> None:
-    """Lets a duration that the command line gives replace the config's, whatever its unit.
-
-    Raises:
-        ConfigError: the command line gives one duration in several units.
-    """
-    for name in _DURATIONS:
-        values = {unit: config[f"{name}_{unit}"] for unit in _UNITS}
-        given = [u for u in _UNITS if f"{name}_{u}" in flagged and values[u] is not None]
-        if len(given) > 1:
-            fields = " and ".join(f"--config.{name}_{unit}" for unit in given)
-            raise ConfigError(f"{fields} say the same thing in different units: give one of them.")
-        if given:
-            others = {f"{name}_{unit}": None for unit in _UNITS if unit not in given}
-            config.update_from_flattened_dict(others)
-
-
-def parse_flags(argv: list[str], config_flag: flags.FlagHolder) -> list[str]:
-    """Parses a command's flags for `absl.app.run`; what is wrong with the config ends the program
-    with one sentence. Returns the arguments that are no flags."""
-
-    def stop(reason: str) -> NoReturn:
-        sys.exit(f"error: {UserError(reason)}")  # which is one line that can be printed
-
-    try:
-        rest = flags.FLAGS(argv)
-        if flags.FLAGS["verbosity"].using_default_value:
-            flags.FLAGS.verbosity = logging.WARNING  # type: ignore[assignment]
-        getattr(config_flag.value, "mode", None)  # an unreadable file complains when it is used
-        if not isinstance(config_flag.value, ConfigDict):
-            kind = type(config_flag.value).__name__
-            raise ConfigError(f"The config file's get_config() returns a {kind}, not a ConfigDict.")
-        _replace_units(config_flag.value, flagged_fields(config_flag))
-        return rest
-    except ConfigError as error:
-        stop(str(error))
-    except flags.Error as error:
-        stop(_flag_error(str(error)))
-    except AttributeError as error:
-        if re.search(r"has no attribute '?get_config'?$", str(error)):
-            stop("The config file can't be read: it has no function get_config().")
-        frames = traceback.extract_tb(error.__traceback__)
-        if frames and "ml_collections" in frames[-1].filename:
-            stop(unknown_field(error, argv))
-        stop(f"The config file can't be read: {_described(error)}.")
-    except OSError as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        stop(
-            f"The config file can't be read: {lines[-1].strip()}."
-        )  # paths that were tried go before
-    except SystemExit as error:
-        if argv[1:] and any(re.match(r"--?(help|\?)", arg) for arg in argv[1:]):
-            raise
-        stop(f"The config file ends the program, with status {error.code}.")
-    except Exception as error:  # whatever the config's own code raises
-        stop(f"The config file can't be read: {_described(error)}.")
-
-
-def _flag_error(text: str) -> str:
-    """What absl says of a flag, in a line. A config's own error comes with its traceback, which may
-    go on with further lines of the error."""
-    if "--config must have a value other than None" in text and "--config=None" in text:
-        return "There is no config: give --config=FILE, whose get_config() returns a ConfigDict."
-    lines = [line for line in text.strip().splitlines() if line.strip()] or ["a flag is wrong"]
-    if "Traceback" not in text:
-        return lines[0]
-    raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
-    return raised[-1].partition(": ")[2] or raised[-1] if raised else lines[-1]
-
-
-def _described(error: Exception) -> str:
-    """An error of a config's own code, and the line of its file that it comes from."""
-    reason = str(error).strip().partition("\n")[0].rstrip(".")
-    if isinstance(error, SyntaxError):  # it says the file and the line itself
-        return f"SyntaxError: {reason}"
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {reason}{place}"
-
-
-def unknown_field(error: AttributeError, argv: list[str]) -> str:
-    """One sentence about a field that ml_collections does not know, from the command line or set by
-    a config file, with the nearest one that it does know."""
-    told = str(error).replace("\\'", "'")
-    if not (found := re.search(r"""Key "(\w+)"|'(\w+)'""", told)):
-        return f"The config can't be read: {told}."
-    name = found[1] or found[2]
-    flag = next(
-        (arg.split("=")[0].lstrip("-") for arg in argv if name in arg.split("=")[0].split(".")),
-        name,
-    )
-    near = re.search(r'Did you mean "(\w+)"', told)
-    hint = f"did you mean '{near[1]}'? " if near else ""
-    return f"There is no field {flag}: {hint}configs/common.py lists all of them."
-
-
 def _is_one_of(field: str, names: Collection[str]) -> bool:
     """Whether a field is listed; a name with a dot at its end stands for all fields below."""
     return any(field.startswith(name) if name[-1] == "." else field == name for name in names)
@@ -367,8 +262,8 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tup
 def _keep_first_units(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The fields without the units of each duration that do not count, see `in_steps`."""
     kept = dict(fields)
-    for name in _DURATIONS:
-        units = [f"{name}_{unit}" for unit in _UNITS]
+    for name in DURATIONS:
+        units = [f"{name}_{unit}" for unit in UNITS]
         given = [field for field in units if fields.get(field) is not None]
         kept |= dict.fromkeys(given[1:])
     return kept

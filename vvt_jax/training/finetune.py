@@ -16,8 +16,8 @@ from vvt_jax.system import storage
 from vvt_jax.training import run_record
 from vvt_jax.training.checkpoint import Checkpoints
 from vvt_jax.weights import hub
+from vvt_jax.weights.checks import WeightsError, check_arrays
 from vvt_jax.weights.pretrained import load_pretrained
-from vvt_jax.weights.shapes import WeightsError, check_arrays
 
 # What a model computes with the same weights in another way, so that no shape tells.
 _TELLING = ("num_heads", "locality", "attention", "clamp", "patch_strides")

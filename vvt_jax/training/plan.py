@@ -11,13 +11,12 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vvt_jax.costs import counting
 from vvt_jax.data.examples import Cut, DataError, Source
 from vvt_jax.data.loader import BrokenImages, train_batches
 from vvt_jax.data.mask_survey import survey_masks
 from vvt_jax.data.sources import open_source
 from vvt_jax.distributed import hosts, sharding
-from vvt_jax.models import VVT
+from vvt_jax.models import VVT, counting
 from vvt_jax.models.vvt import check_image_shape
 from vvt_jax.system import storage
 from vvt_jax.system.storage import AnyPath

@@ -102,45 +102,15 @@ def make_train_step(
             `step`, `skipped` and `totals` as it was.
     """
 
+    differentiate = _make_gradients(model, loss, freeze, accumulate)
+
     def train_step(state: TrainState, batch: Mapping[str, jax.Array]) -> TrainState:
         step = state.step + 1
         dropout = jax.random.fold_in(jax.random.key(state.seed), step)
         images, targets = prepare(batch, mixing.augmentation_key(state.seed, step))
-
-        def loss_of(params, mutable, images, targets, key):
-            if freeze:
-                params = jax.tree.map(
-                    lambda fixed, p: jax.lax.stop_gradient(p) if fixed else p,
-                    frozen(params, freeze),
-                    params,
-                )
-            outputs, mutable = model.apply(
-                {"params": params, **mutable},
-                images,
-                train=True,
-                rngs={"dropout": key},
-                mutable=list(mutable),
-            )
-            return loss(outputs, targets), mutable
-
-        differentiate = jax.value_and_grad(loss_of, has_aux=True)
-        if accumulate == 1:
-            (value, mutable), gradients = differentiate(
-                state.params, state.mutable, images, targets, dropout
-            )
-        else:
-
-            def add(carry, part):
-                value, gradients, mutable = carry
-                (more, mutable), new = differentiate(state.params, mutable, *part)
-                return (value + more, jax.tree.map(jnp.add, gradients, new), mutable), None
-
-            start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params), state.mutable)
-            parts = (_parts(images, accumulate), _parts(targets, accumulate))
-            keys = jax.random.split(dropout, accumulate)
-            (value, gradients, mutable), _ = jax.lax.scan(add, start, (*parts, keys))
-            value, gradients = jax.tree.map(lambda x: x / accumulate, (value, gradients))
-
+        value, mutable, gradients = differentiate(
+            state.params, state.mutable, images, targets, dropout
+        )
         grad_norm = optax.tree.norm(gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -171,6 +141,53 @@ def make_train_step(
         return TrainState(step, skipped, state.seed, params, mutable, opt_state, ema, totals)
 
     return train_step
+
+
+def _make_gradients(
+    model: nn.Module,
+    loss: Callable[[Any, jax.Array], jax.Array],
+    freeze: Sequence[str],
+    accumulate: int,
+) -> Callable[..., tuple[jax.Array, Any, Any]]:
+    """Of parameters, other collections, images, targets and a key makes the loss, the collections
+    afterwards and the gradients."""
+
+    def loss_of(params, mutable, images, targets, key):
+        if freeze:
+            params = jax.tree.map(
+                lambda fixed, p: jax.lax.stop_gradient(p) if fixed else p,
+                frozen(params, freeze),
+                params,
+            )
+        outputs, mutable = model.apply(
+            {"params": params, **mutable},
+            images,
+            train=True,
+            rngs={"dropout": key},
+            mutable=list(mutable),
+        )
+        return loss(outputs, targets), mutable
+
+    differentiate = jax.value_and_grad(loss_of, has_aux=True)
+
+    def at_once(params, mutable, images, targets, key):
+        (value, mutable), gradients = differentiate(params, mutable, images, targets, key)
+        return value, mutable, gradients
+
+    def in_parts(params, mutable, images, targets, key):
+        def add(carry, part):
+            value, gradients, mutable = carry
+            (more, mutable), new = differentiate(params, mutable, *part)
+            return (value + more, jax.tree.map(jnp.add, gradients, new), mutable), None
+
+        start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params), mutable)
+        parts = (_parts(images, accumulate), _parts(targets, accumulate))
+        keys = jax.random.split(key, accumulate)
+        (value, gradients, mutable), _ = jax.lax.scan(add, start, (*parts, keys))
+        value, gradients = jax.tree.map(lambda x: x / accumulate, (value, gradients))
+        return value, mutable, gradients
+
+    return at_once if accumulate == 1 else in_parts
 
 
 def _parts(array: jax.Array, parts: int) -> jax.Array:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from vvt_jax.weights.shapes import WeightsError
+from vvt_jax.weights.checks import WeightsError
 
 PREFIX = "hf://"
 

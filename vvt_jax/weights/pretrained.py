@@ -20,13 +20,14 @@ from safetensors.numpy import save as save_safetensors
 
 from vvt_jax.data.preprocess import check_record
 from vvt_jax.models import VVT, Segmenter
+from vvt_jax.models.shapes import variable_shapes
 from vvt_jax.models.vvt import from_fields, model_fields
 from vvt_jax.system import storage
 from vvt_jax.system.storage import AnyPath, SizeLimit
 from vvt_jax.weights import hub, model_card
+from vvt_jax.weights.checks import WeightsError, check_arrays, check_finite
 from vvt_jax.weights.inference_settings import check_inference
 from vvt_jax.weights.published import read_published
-from vvt_jax.weights.shapes import WeightsError, check_arrays, check_finite, variable_shapes
 
 FORMAT_VERSION = 1
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"

@@ -16,15 +16,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vvt_jax.data.imagenet import class_names
 from vvt_jax.models import VVT, create_model
+from vvt_jax.models.shapes import smallest_image, variable_shapes
 from vvt_jax.models.vvt import from_fields
 from vvt_jax.weights import torch_files
-from vvt_jax.weights.shapes import (
-    WeightsError,
-    check_arrays,
-    check_finite,
-    smallest_image,
-    variable_shapes,
-)
+from vvt_jax.weights.checks import WeightsError, check_arrays, check_finite
+from vvt_jax.weights.torch_pickle import Tensor
 
 # Published module name, ours, and the kind of its weight, in the order of the published files.
 _EMBEDDING = (("proj", "conv", "conv"), ("norm", "norm", "norm"))
@@ -134,7 +130,7 @@ def read_published(
     if not isinstance(content, dict) or not content:
         raise WeightsError(f"{path} holds no state dict.")
     for key, value in content.items():
-        if not isinstance(value, torch_files.Tensor) or not isinstance(key, str):
+        if not isinstance(value, Tensor) or not isinstance(key, str):
             raise WeightsError(f"{path} holds no state dict: {str(key)[:100]!r} is no tensor.")
     shapes = {key: value.shape for key, value in content.items()}
     try:

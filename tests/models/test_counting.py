@@ -3,8 +3,7 @@
 import pytest
 
 import vvt_jax
-from vvt_jax.costs import counting
-from vvt_jax.models import forms
+from vvt_jax.models import counting, forms
 
 _GIGA = 1e9
 

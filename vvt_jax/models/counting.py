@@ -13,7 +13,7 @@ from jax.extend import core
 
 from vvt_jax.attention import feature_count
 from vvt_jax.models import VVT, forms
-from vvt_jax.weights.shapes import abstract_variables, variable_shapes
+from vvt_jax.models.shapes import abstract_variables, variable_shapes
 
 # The products of two activations; those with parameters have a layer's name behind it.
 _ATTENTION = re.compile(r"stage(\d)/blocks/attention")
