@@ -323,8 +323,8 @@ FAULTS = (
     Fault(
         id="accumulation-forgets-statistics",
         file="vvt_jax/training/step.py",
-        old="differentiate(state.params, mutable, *part)",
-        new="differentiate(state.params, state.mutable, *part)",
+        old="differentiate(params, latest, *part)",
+        new="differentiate(params, mutable, *part)",
         kind="stale state",
         test="tests/training/test_step.py",
         effect="Batch statistics of an update in parts come from its last part alone.",

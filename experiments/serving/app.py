@@ -89,7 +89,7 @@ def create_app(
     waiting = {False: 0, True: 0}  # small and large images
     buffered = 0
 
-    def decode(body: bytes) -> np.ndarray:
+    def read_pixels(body: bytes) -> np.ndarray:
         return predictor.pixels(decode(io.BytesIO(body), "The image", upright=True))
 
     def answer(pixels: np.ndarray) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def create_app(
         waiting[is_large] += 1
         try:
             async with large if is_large else contextlib.nullcontext():
-                pixels = await run_in_threadpool(decode, body)
+                pixels = await run_in_threadpool(read_pixels, body)
             async with turn:
                 return JSONResponse(await run_in_threadpool(answer, pixels), headers=_HEADERS)
         except ValueError as error:  # what it is about an image that can't be used

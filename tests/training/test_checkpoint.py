@@ -279,7 +279,7 @@ _REFUSALS = {
 _RESTORE_EACH = """
     import json, sys
     from pathlib import Path
-    from tests.test_checkpoint import _abstract, _state
+    from tests.training.test_checkpoint import _abstract, _state
     from vvt_jax.training.checkpoint import CheckpointError, Checkpoints
 
     told = {}
@@ -379,7 +379,7 @@ def test_what_was_put_aside_is_never_overwritten(tmp_path):
 _WITHOUT_ROOM = """
     import resource, sys
     from pathlib import Path
-    from tests.test_checkpoint import _save, _state
+    from tests.training.test_checkpoint import _save, _state
     from vvt_jax.training.checkpoint import Best, CheckpointError, Checkpoints
 
     folder = Path(sys.argv[1])

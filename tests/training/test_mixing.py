@@ -168,7 +168,7 @@ def test_keys_differ_by_seed_and_step_and_from_drop_path():
 
 _SHARDED = """
     import functools, jax, numpy as np
-    from tests.recipe.test_mixing import _BOTH, _OPTIONS, _batch
+    from tests.training.test_mixing import _BOTH, _OPTIONS, _batch
     from vvt_jax.distributed import sharding
     from vvt_jax.training.mixing import prepare_batch
 

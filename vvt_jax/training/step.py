@@ -176,9 +176,9 @@ def _make_gradients(
 
     def in_parts(params, mutable, images, targets, key):
         def add(carry, part):
-            value, gradients, mutable = carry
-            (more, mutable), new = differentiate(params, mutable, *part)
-            return (value + more, jax.tree.map(jnp.add, gradients, new), mutable), None
+            value, gradients, latest = carry
+            (more, latest), new = differentiate(params, latest, *part)
+            return (value + more, jax.tree.map(jnp.add, gradients, new), latest), None
 
         start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params), mutable)
         parts = (_parts(images, accumulate), _parts(targets, accumulate))
