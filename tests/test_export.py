@@ -11,6 +11,7 @@ import pytest
 from flax.traverse_util import unflatten_dict
 
 from vvt_jax import create_model, export, load_pretrained, save_pretrained
+from vvt_jax.inference.stablehlo import describe, export_model, write
 from vvt_jax.models import forms
 from vvt_jax.models.shapes import variable_shapes
 
@@ -103,10 +104,10 @@ def test_any_size(folder, tmp_path, locality, platform):
     model, variables, _ = load_pretrained(folder, locality=locality)
     chosen = forms.choose(platform)
     with forms.use(depthwise=chosen.depthwise, attention=chosen.attention):
-        exported = export.export_model(model, variables, size=None, platforms=["cpu"])
+        exported = export_model(model, variables, size=None, platforms=["cpu"])
     if (locality, platform) == ("sum", "cpu"):  # written, and read without this package
         file = tmp_path / "model.jax"
-        export.write(file, bytes(exported.serialize()), export.describe(exported), model, {})
+        write(file, bytes(exported.serialize()), describe(exported), model, {})
         _compare(folder, file, (2, 33, 70, 3), (1, 64, 32, 3))
         return
     images = np.random.default_rng(0).normal(size=(2, 33, 70, 3)).astype(np.float32)

@@ -7,13 +7,14 @@ come again; 128 + N after signal N, with the run saved.
 """
 
 import functools
+import signal
 import sys
 import traceback
 
 from absl import app, flags
 from ml_collections import config_flags
 
-from vvt_jax.system.errors import UnwrittenError, UserError
+from vvt_jax.system.errors import CRASH, USER_ERROR, UnwrittenError, UserError
 from vvt_jax.system.output import outlive_readers
 from vvt_jax.training.config_flags import flagged_fields, parse_flags
 from vvt_jax.training.configuration import ConfigError
@@ -28,7 +29,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(argv: list[str]) -> None:
-    from vvt_jax.distributed import failure, sharding  # after --help and flag errors
+    from vvt_jax.distributed import failure, hosts, sharding  # after --help and flag errors
     from vvt_jax.train import Interrupted, train_and_evaluate
 
     sharding.give_simulated_devices_time()
@@ -37,18 +38,23 @@ def main(argv: list[str]) -> None:
             raise ConfigError(f"Not a flag: {argv[1]}; a field is given as --config.field=value.")
         flagged = flagged_fields(_CONFIG)
         train_and_evaluate(_CONFIG.value, str(_WORKDIR.value), flagged=flagged)
+    except hosts.IncompleteGroupError as error:
+        failure.end(str(error), CRASH)  # the others may come the next time
     except UserError as error:
         # After a full disk, what libraries write when Python exits would fail once more, with
         # tracebacks. Everything that could be saved has been.
         at_once = isinstance(error, UnwrittenError)
-        failure.end(str(error), failure.USER_ERROR, at_once=at_once)
+        failure.end(str(error), USER_ERROR, at_once=at_once)
     except Interrupted as interrupted:
         print(interrupted, file=sys.stderr)
         sys.exit(interrupted.exit_status)
     except Exception as error:
         if not failure.has_happened():  # in another process, which this error then follows from
             traceback.print_exc()
-        failure.end(f"{type(error).__name__}: {error}", failure.CRASH)
+        reason = (str(error).strip().splitlines() or ["it gives no reason"])[0]
+        failure.end(str(UserError(f"{type(error).__name__}: {reason}")), CRASH)
+    except KeyboardInterrupt:
+        failure.end("Ctrl-C ended the program.", 128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ def training_batch(
     from vvt_jax.training.plan import make_plan, open_sources, see_batch
     from vvt_jax.training.provenance import Provenance
 
+    config = configuration.replaced(config, {"mode": "train"})
     configuration.check_values(config)
     made = Provenance(config, None, flagged)
     sources = made.match(open_sources(made.config, cuts=made.cuts))

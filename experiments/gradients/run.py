@@ -21,6 +21,10 @@ from vvt_jax.system import storage
 RESULTS = Path(__file__).parent / "results.json"
 DEVICES = 8
 TOLERANCE = 1e-4  # of an array's norm; XLA's fault is a factor of 2 or more
+# Of the largest array's norm: smaller gradients are what is left when larger ones cancel, such as
+# those before a normalisation of few values, and are mostly rounding. A factor of 2 in an array of
+# a millionth of the largest norm would still be found.
+_LEAST_NORM = 1e-2
 _WIDTH = 32  # pixels
 _CLASSES = 5
 
@@ -187,7 +191,7 @@ def compare(case: Case) -> dict[str, Any]:
             .compile()
         )
     other_loss, actual = jax.device_get(program(jax.device_put(variables, layout), batch))
-    least = 1e-4 * max(np.linalg.norm(x) for x in jax.tree.leaves(expected))
+    least = _LEAST_NORM * max(np.linalg.norm(x) for x in jax.tree.leaves(expected))
     far = {
         jax.tree_util.keystr(path, simple=True, separator="/"): float(
             np.linalg.norm(a - b) / max(np.linalg.norm(a), least)

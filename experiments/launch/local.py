@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from vvt_jax.distributed import failure
+from vvt_jax.system.errors import CRASH, USER_ERROR
 
 _LOOK = 0.2  # seconds between looks at the processes
 
@@ -50,10 +50,11 @@ def main() -> int:
         if start:
             print(f"Restart {start} of {options.restarts}.", flush=True)
         statuses = group.run()
-        if failure.USER_ERROR in statuses:
-            return failure.USER_ERROR
-        lost = any(status < 0 or status == failure.CRASH for status in statuses)
-        if not lost or group.signalled:
+        # Those that came first are the reason, and the others follow
+        lost = any(status < 0 or status == CRASH for status in group.first_statuses)
+        if USER_ERROR in group.first_statuses and not lost:
+            return USER_ERROR
+        if not any(statuses) or group.signalled or not lost:
             break
     return max(128 - status if status < 0 else status for status in statuses)
 
@@ -65,6 +66,7 @@ class Group:
         self._options = options
         self._processes: list[subprocess.Popen] = []
         self.signalled = False
+        self.first_statuses: set[int] = set()  # of the processes that failed first
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, self._forward)
 
@@ -75,6 +77,7 @@ class Group:
             port = free.getsockname()[1]
         self._processes = [self._start(i, port) for i in range(self._options.processes)]
         reported: set[int] = set()
+        self.first_statuses = failed = set[int]()
         end: float | None = None  # when those that are left are killed
         while True:
             running = [p for p in self._processes if p.poll() is None]
@@ -82,8 +85,12 @@ class Group:
                 if process.returncode is not None and i not in reported:
                     reported.add(i)
                     print(f"Process {i} ended with {process.returncode}.", flush=True)
-                    if process.returncode and end is None and not self.signalled:
-                        end = time.monotonic() + self._options.grace
+                    if process.returncode and end is None:
+                        failed.add(process.returncode)
+            if failed and end is None:
+                self.first_statuses = failed
+                if not self.signalled:
+                    end = time.monotonic() + self._options.grace
             if not running:
                 return [p.returncode for p in self._processes]
             if end is not None and time.monotonic() >= end:
@@ -112,6 +119,7 @@ class Group:
                 f"--config.distributed.process_id={number}",
             ],
             env=environment,
+            start_new_session=True,  # Ctrl-C in a terminal comes by this program alone, once
         )
         print(f"Process {number} is {process.pid}.", flush=True)
         return process

@@ -21,8 +21,9 @@ export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 # its node's: no --gpus-per-task, no --gpu-bind.
 for attempt in $(seq 1 10); do
   # After one process has failed, the others end by themselves, with its message and status. What
-  # is still running two minutes later is killed: no process can do anything without the others.
-  srun --kill-on-bad-exit=0 --wait=120 .venv/bin/python -m vvt_jax.main "$@"
+  # is still running seven minutes later (more than config.distributed.start_timeout) is killed: no
+  # process can do anything without the others.
+  srun --kill-on-bad-exit=0 --wait=420 .venv/bin/python -m vvt_jax.main "$@"
   status=$?
   case $status in
     0) exit 0 ;;

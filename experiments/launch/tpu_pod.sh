@@ -15,9 +15,12 @@ for attempt in $(seq 1 10); do
   # What is left of a lost group is ended first (the brackets keep the pattern from itself).
   on_all_hosts "pkill -KILL -u \$USER -f '[v]vt_jax.main'; sleep 1"
   # jax finds the other hosts by itself.
-  on_all_hosts "cd ~/vvt_jax && .venv/bin/python -m vvt_jax.main $arguments"
+  on_all_hosts "cd ~/vvt_jax && rm -f .user_error && .venv/bin/python -m vvt_jax.main $arguments
+    status=\$?; [ \$status -ne 1 ] || touch .user_error; exit \$status"
   status=$?
   [ $status -eq 0 ] && exit 0
+  # gcloud ends with 1 for reasons of its own, too. A mistake would come again.
+  on_all_hosts "test -e ~/vvt_jax/.user_error" && exit 1
   echo "Attempt $attempt ended with $status."
   # A spot slice that was taken away has to come back first, e.g. by a queued resource.
   until gcloud compute tpus tpu-vm describe "$name" --zone="$zone" --format='value(state)' |

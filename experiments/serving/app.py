@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from vvt_jax.data import sources
+from vvt_jax.data.image_files import FORMATS, decode
 from vvt_jax.inference import explain
 from vvt_jax.inference.predictor import Predictor
 from vvt_jax.system.errors import UserError
@@ -224,7 +224,7 @@ def server_config(
 def _is_large(body: bytes) -> bool:
     """By the image's header; what has none is refused soon."""
     try:
-        with PIL.Image.open(io.BytesIO(body), formats=sources.FORMATS) as image:
+        with PIL.Image.open(io.BytesIO(body), formats=FORMATS) as image:
             return image.width * image.height > LARGE_PIXELS
     except Exception:  # Pillow's decoders raise whatever they stumble over
         return False

@@ -294,7 +294,7 @@ def test_a_pickles_random_damage_never_ends_in_a_traceback():
         damaged = bytearray(program)
         for place in rng.integers(len(program), size=3):
             damaged[place] = rng.integers(256)
-        reader = torch_pickle._Reader(
+        reader = torch_pickle.PickleReader(
             "x", "archive/", {f"archive/{n}": len(c) for n, c in entries.items()}, "<"
         )
         try:

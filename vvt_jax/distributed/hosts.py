@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vvt_jax.distributed import failure
-from vvt_jax.system.errors import UserError
+from vvt_jax.system.errors import CRASH, UserError
 
 _MARGIN = 60  # seconds by which our own limit, which says what is wrong, is before jax's
 _EXPLICIT = ("coordinator", "num_processes", "process_id")
@@ -29,6 +29,10 @@ _EXPLICIT = ("coordinator", "num_processes", "process_id")
 
 class GroupError(UserError):
     """Processes that can't find each other, or can't work together."""
+
+
+class IncompleteGroupError(GroupError):
+    """Processes that are not there, or can't be reached; they may be the next time."""
 
 
 def join(distributed: Mapping[str, Any], *, preemptible: bool) -> None:
@@ -43,11 +47,17 @@ def join(distributed: Mapping[str, Any], *, preemptible: bool) -> None:
         preemptible: SIGTERM asks the group to stop at one agreed step, see `interruption`; or else
             it ends the process as usual.
 
+    Afterwards a thread ends this process when another one of the group fails, see `failure`.
+
     Raises:
-        GroupError: the fields do not fit each other, or the group does not come together.
+        GroupError: the fields do not fit each other, or the group can't be joined.
+        IncompleteGroupError: the first process does not answer.
     """
     given = {name: distributed[name] for name in _EXPLICIT if distributed[name] is not None}
-    if distributed["num_processes"] == 1 or jax.distributed.is_initialized():
+    if jax.distributed.is_initialized():
+        failure.watch()
+        return
+    if distributed["num_processes"] == 1:
         return
     method = None
     if len(given) < len(_EXPLICIT):
@@ -73,8 +83,6 @@ def join(distributed: Mapping[str, Any], *, preemptible: bool) -> None:
                 cluster_detection_method=method,
                 initialization_timeout=timeout + _MARGIN,
                 heartbeat_timeout_seconds=distributed["heartbeat_timeout"],
-                # By default a process that ends early waits 300 s for the others
-                shutdown_timeout_seconds=distributed["heartbeat_timeout"],
             )
     except Exception as error:  # jax's own, those of MPI and of Kubernetes
         reason = str(error).strip().partition("\n")[0][:300]
@@ -88,7 +96,7 @@ def join(distributed: Mapping[str, Any], *, preemptible: bool) -> None:
 
 @contextlib.contextmanager
 def _time_limit(seconds: float, cluster: str) -> Iterator[None]:
-    """Ends the program when the group has not come together in time: jax would abort it."""
+    """Ends the program when the group has not come together in time, before jax aborts it."""
 
     def end() -> None:
         print(
@@ -98,7 +106,7 @@ def _time_limit(seconds: float, cluster: str) -> Iterator[None]:
             file=sys.stderr,
             flush=True,
         )
-        os._exit(failure.USER_ERROR)
+        os._exit(CRASH)
 
     timer = threading.Timer(seconds, end)
     timer.daemon = True
@@ -146,7 +154,7 @@ def _wait_for(coordinator: str, timeout: float) -> None:
                 return
         except OSError as error:
             if time.monotonic() > end:
-                raise GroupError(
+                raise IncompleteGroupError(
                     f"config.distributed.coordinator={coordinator} did not answer for {timeout} s "
                     f"({error}): is process 0 running there, and is the port reachable?"
                 ) from error

@@ -102,8 +102,18 @@ def convolve(
     examples, spatial = (_devices_along(layout, axes) for axes in layout.spec)
     # Where devices hold copies of one another's rows or examples, XLA may count each of them
     copies = row_groups(min(rows, x.shape[1]), spatial) == 1 or x.shape[0] % examples
-    convolution = by_windows if copies else plain
+    apart = _rows_apart(x.shape[1], rows, window_strides[0], spatial)
+    beyond_neighbours = apart > math.ceil(x.shape[1] / spatial)
+    convolution = by_windows if copies or beyond_neighbours else plain
     return split_rows(convolution(split_rows(x, rows), kernel))
+
+
+def _rows_apart(rows: int, rows_after: int, stride: int, devices: int) -> int:
+    """How far the rows that a device computes lie at most from those of the input that it holds, in
+    rows of the input. Beyond its neighbours' rows, XLA (jax 0.10) makes wrong kernel gradients."""
+    given, made = math.ceil(rows / devices), math.ceil(rows_after / devices)
+    last = math.ceil(rows_after / made) - 1
+    return last * abs(made * stride - given)
 
 
 def _devices_along(layout: NamedSharding, axes: str | tuple[str, ...]) -> int:

@@ -5,6 +5,8 @@ import errno
 import os
 from collections.abc import Iterator
 
+USER_ERROR = 1  # exit status: what only the user can mend, so that another try fails likewise
+CRASH = 70  # exit status of any other error (EX_SOFTWARE): another try may succeed
 _LONGEST = 8000  # characters of a message; a path has up to 4096
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 

@@ -88,7 +88,8 @@ class Checkpoints:
         state, bookkeeping = _SummedState(), _SummedBookkeeping()
         for arguments in (ocp.args.StandardSave, ocp.args.StandardRestore):
             handlers.add("state", arguments, state)
-        handlers.add("state", ocp.args.PyTreeRestore, ocp.PyTreeCheckpointHandler())
+        if self._reads_only:  # it would take the sums' place where a state is saved
+            handlers.add("state", ocp.args.PyTreeRestore, ocp.PyTreeCheckpointHandler())
         for arguments in (ocp.args.JsonSave, ocp.args.JsonRestore):
             handlers.add("bookkeeping", arguments, bookkeeping)
         self._manager = _Manager(
@@ -110,6 +111,8 @@ class Checkpoints:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             self._manager.close()  # waits for what is being written
+        except jax.errors.JaxRuntimeError:
+            raise  # of the devices or of another process, not of the files
         except Exception as error:
             if kind is None:  # else the block has already failed, maybe by the same
                 raise self._unwritten(error) from error
@@ -136,6 +139,8 @@ class Checkpoints:
                     bookkeeping=ocp.args.JsonSave(book),
                 ),
             )
+        except jax.errors.JaxRuntimeError:
+            raise
         except Exception as error:  # of this one, or of the one before, in the background
             raise self._unwritten(error) from error
 
@@ -149,8 +154,8 @@ class Checkpoints:
 
         Args:
             abstract_state: shapes, dtypes and shardings of the state to return.
-            without: fields of the state that are neither read nor compared; what the given state
-                has in them has no arrays.
+            without: fields of the state that are neither read nor compared; in the given state
+                they hold no arrays. Only for checkpoints that are only read.
 
         Raises:
             CheckpointError: all are damaged, or it is of another format version or another model.
@@ -261,6 +266,8 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(state=state, bookkeeping=ocp.args.JsonRestore()),
             )
+        except jax.errors.JaxRuntimeError:
+            raise
         except Exception as error:  # orbax raises whatever its storage layers do
             raise self._unreadable(step, error) from error
 

@@ -1,5 +1,7 @@
 """Config fields on the command line."""
 
+import importlib.util
+import os
 import re
 import sys
 import traceback
@@ -43,7 +45,7 @@ def parse_flags(argv: list[str], config_flag: flags.FlagHolder) -> list[str]:
         sys.exit(f"error: {UserError(reason)}")  # which is one line that can be printed
 
     try:
-        rest = flags.FLAGS(argv)
+        rest = flags.FLAGS(_find_config(argv))
         if flags.FLAGS["verbosity"].using_default_value:
             flags.FLAGS.verbosity = logging.WARNING  # type: ignore[assignment]
         getattr(config_flag.value, "mode", None)  # an unreadable file complains when it is used
@@ -74,6 +76,27 @@ def parse_flags(argv: list[str], config_flag: flags.FlagHolder) -> list[str]:
         stop(f"The config file ends the program, with status {error.code}.")
     except Exception as error:  # whatever the config's own code raises
         stop(f"The config file can't be read: {_described(error)}.")
+
+
+def _find_config(argv: list[str]) -> list[str]:
+    """The arguments with a config that comes with the package, such as `configs/digits.py`, found
+    where it is installed, unless there is such a file in the current folder."""
+    arguments = list(argv)
+    for i, argument in enumerate(argv):
+        flag, equals, value = argument.partition("=")
+        if flag not in ("-config", "--config"):
+            continue
+        place = i if equals else i + 1
+        value = value if equals else "".join(argv[place : place + 1])
+        path, colon, options = value.partition(":")
+        if not path.startswith("configs/") or os.path.exists(path):
+            continue
+        spec = importlib.util.find_spec("configs")
+        for folder in (spec and spec.submodule_search_locations) or ():
+            installed = os.path.join(folder, path.removeprefix("configs/"))
+            if os.path.exists(installed):
+                arguments[place] = f"{flag}{equals}" * bool(equals) + installed + colon + options
+    return arguments
 
 
 def _flag_error(text: str) -> str:

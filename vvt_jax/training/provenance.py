@@ -183,7 +183,7 @@ def opened_splits(config: ConfigDict) -> dict[str, str]:
     measured = {part: split for part, split in parts.items() if part != "train"}
     if measured:
         return measured
-    if not config.data.eval_also:
+    if not (config.data.eval_also and parts):
         raise ConfigError(
             "config.data.validation_split and config.data.test_split are empty: an evaluation "
             "needs one of them, or config.data.eval_also."
