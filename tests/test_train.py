@@ -287,7 +287,7 @@ def test_help_comes_without_warnings():
         text=True,
     )
     assert "--workdir" in done.stdout
-    assert done.stderr == ""
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 _NOTEBOOK = [

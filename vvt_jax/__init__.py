@@ -5,14 +5,7 @@ costs nothing and `python -m vvt_jax.convert` runs the module once.
 """
 
 import importlib
-import sys
 from typing import TYPE_CHECKING
-
-# So while Python looks for a command of this package, `python -m vvt_jax.x`, and has loaded no more
-if sys.argv[:1] == ["-m"]:
-    from vvt_jax.system.huge_pages import restart_with_huge_pages
-
-    restart_with_huge_pages()
 
 __version__ = "0.1.0"
 

@@ -14,15 +14,19 @@ a program uses the machine, however noisy that is.
 import argparse
 import json
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+if __name__ == "__main__":  # before jax is imported, which would be done twice
+    from vvt_jax.system.huge_pages import restart_with_huge_pages
+
+    restart_with_huge_pages()
 
 from vvt_jax.costs.program import Program, Setting, parse_mesh, parse_size, time_in_turn
 from vvt_jax.costs.report import report, report_layers, title_of
 from vvt_jax.costs.targets import target_devices
 from vvt_jax.distributed import sharding
-from vvt_jax.system.errors import UserError
+from vvt_jax.system.command_line import ending_in_a_sentence
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -91,7 +95,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with ending_in_a_sentence():
         main()
-    except UserError as error:
-        sys.exit(f"error: {error}")

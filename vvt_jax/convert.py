@@ -13,7 +13,6 @@ there and `[k, k, in/groups, out]` here, and the blocks of a stage are stacked h
 """
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import jax
 import numpy as np
 
 from vvt_jax.models import VVT
-from vvt_jax.system.command_line import check_output, parse_fields
+from vvt_jax.system.command_line import check_output, ending_in_a_sentence, parse_fields
 from vvt_jax.system.errors import UserError
 from vvt_jax.weights import torch_files
 from vvt_jax.weights.model_card import variant_name
@@ -34,19 +33,11 @@ __all__ = ["from_pytorch", "main", "to_pytorch"]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
-    try:
+    with ending_in_a_sentence(options.target):
         fields = parse_fields(options.set)
         check_output(options.target, force=options.force)
-        if options.to_pytorch:
-            told = _write_published(options.source, options.target, options.name, fields)
-        else:
-            told = _write_folder(options.source, options.target, options.name, fields)
-    except ValueError as error:  # UserError, and fields that a model does not have
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(f"error: {error.filename or options.target} can't be written: {error.strerror}.")
-    except KeyboardInterrupt:
-        sys.exit(130)
+        write = _write_published if options.to_pytorch else _write_folder
+        told = write(options.source, options.target, options.name, fields)
     print(told)
 
 

@@ -18,14 +18,18 @@ jax promises to read such a file for six months after the version that wrote it.
 import argparse
 import os
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+if __name__ == "__main__":  # before jax is imported, which would be done twice
+    from vvt_jax.system.huge_pages import restart_with_huge_pages
+
+    restart_with_huge_pages()
 
 from vvt_jax.inference import onnx_export
 from vvt_jax.inference.stablehlo import DEFAULT_PLATFORMS, PLATFORMS, describe, export_model, write
 from vvt_jax.models.vvt import SMALLEST_SIDE
-from vvt_jax.system.command_line import check_output, parse_fields
+from vvt_jax.system.command_line import check_output, ending_in_a_sentence, parse_fields
 from vvt_jax.system.errors import UserError
 from vvt_jax.weights.pretrained import load_pretrained
 
@@ -35,7 +39,7 @@ _MOST = 2**14  # images a call, pixels a side
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
-    try:
+    with ending_in_a_sentence(options.out):
         onnx = options.out.suffix == onnx_export.SUFFIX
         if onnx and options.platforms is not None:
             raise UserError("An ONNX file is of no platform: --platforms is for StableHLO.")
@@ -59,12 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             exported = export_model(model, variables, size=size, batch=batch, platforms=platforms)
             content, told = bytes(exported.serialize()), describe(exported)
         beside = write(options.out, content, told, model, card)
-    except ValueError as error:  # UserError, and fields that a model does not have
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(f"error: {error.filename or options.out} can't be written: {error.strerror}.")
-    except KeyboardInterrupt:
-        sys.exit(130)
     megabytes = options.out.stat().st_size / 1e6
     print(
         f"{options.out} ({megabytes:.1f} MB) takes {told['input']['images']} on "

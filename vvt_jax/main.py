@@ -11,6 +11,11 @@ import signal
 import sys
 import traceback
 
+if __name__ == "__main__":  # before jax is imported, which would be done twice
+    from vvt_jax.system.huge_pages import restart_with_huge_pages
+
+    restart_with_huge_pages()
+
 from absl import app, flags
 from ml_collections import config_flags
 

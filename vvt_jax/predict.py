@@ -24,6 +24,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+if __name__ == "__main__":  # before jax is imported, which would be done twice
+    from vvt_jax.system.huge_pages import restart_with_huge_pages
+
+    restart_with_huge_pages()
+
 import numpy as np
 import PIL.Image
 

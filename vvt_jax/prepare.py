@@ -15,7 +15,6 @@ import dataclasses
 import itertools
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 from vvt_jax.data.examples import DataError
 from vvt_jax.system import storage
+from vvt_jax.system.command_line import ending_in_a_sentence
 from vvt_jax.system.errors import UserError
 
 _SHARD_BYTES = 2**27  # of the examples in one file
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--from_tfrecord", help="tfds's data_dir that has it as TFRecord")
     parser.add_argument("--download", action="store_true", help="let tfds's builder download")
     options = parser.parse_args(arguments)
-    try:
+    with ending_in_a_sentence():
         folder = prepare(
             options.name,
             data_dir=options.data_dir,
@@ -59,10 +59,6 @@ def main(arguments: list[str] | None = None) -> None:
             from_tfrecord=options.from_tfrecord,
             download=options.download,
         )
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
     print(f"{options.name} is ready in {folder}.")
 
 

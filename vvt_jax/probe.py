@@ -10,15 +10,20 @@ import contextlib
 import functools
 import json
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # before jax is imported, which would be done twice
+    from vvt_jax.system.huge_pages import restart_with_huge_pages
+
+    restart_with_huge_pages()
 
 import numpy as np
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
+from vvt_jax.system.command_line import ending_in_a_sentence
 from vvt_jax.system.errors import UserError
 from vvt_jax.training import configuration
 from vvt_jax.training.config_flags import parse_flags
@@ -155,7 +160,7 @@ def describe(result: Mapping[str, Any]) -> str:
 
 def main(argv: list[str], arguments: Mapping[str, Any]) -> None:
     path = arguments["json"].value
-    try:
+    with ending_in_a_sentence():
         if argv[1:]:
             raise ConfigError(f"Not a flag: {argv[1]}; a field is given as --config.field=value.")
         if path and os.path.lexists(path) and not arguments["force"].value:
@@ -169,8 +174,6 @@ def main(argv: list[str], arguments: Mapping[str, Any]) -> None:
                 Path(path).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
             except OSError as error:
                 raise ConfigError(f"--json={path} can't be written: {error.strerror}.") from error
-    except UserError as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

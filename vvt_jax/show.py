@@ -4,10 +4,14 @@ python -m vvt_jax.data.show --config=configs/digits.py --out=sheet.png [--step=1
 """
 
 import functools
-import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # before jax is imported, which would be done twice
+    from vvt_jax.system.huge_pages import restart_with_huge_pages
+
+    restart_with_huge_pages()
 
 import numpy as np
 import PIL.Image
@@ -16,7 +20,7 @@ from ml_collections import ConfigDict, config_flags
 
 from vvt_jax.data.contact_sheet import draw_sheet
 from vvt_jax.data.overlay import draw_comparison
-from vvt_jax.system.errors import UserError
+from vvt_jax.system.command_line import ending_in_a_sentence
 from vvt_jax.training.config_flags import flagged_fields, parse_flags
 from vvt_jax.training.configuration import ConfigError
 
@@ -58,7 +62,7 @@ def training_batch(
 
 
 def main(argv: list[str], arguments: Mapping[str, Any]) -> None:
-    try:
+    with ending_in_a_sentence():
         if argv[1:]:
             raise ConfigError(f"Not a flag: {argv[1]}; a field is given as --config.field=value.")
         step, count = arguments["step"].value, arguments["images"].value
@@ -77,8 +81,6 @@ def main(argv: list[str], arguments: Mapping[str, Any]) -> None:
         except OSError as error:
             raise ConfigError(f"--out={out} can't be written: {error.strerror}.") from error
         print(f"{min(count, len(images))} images of step {step} are in {out}.")
-    except UserError as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

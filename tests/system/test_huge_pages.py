@@ -57,15 +57,14 @@ def _starts(tmp_path, *arguments: str) -> list[list[str]]:
     return starts
 
 
-def test_an_import_restarts_nothing(tmp_path):
-    assert [tunables for *_, tunables in _starts(tmp_path, "-c", "import vvt_jax")] == ["None"]
+@pytest.mark.parametrize("arguments", [("-c", "import vvt_jax"), ("-m", "vvt_jax.system.errors")])
+def test_what_is_no_command_restarts_nothing(tmp_path, arguments):
+    assert [tunables for *_, tunables in _starts(tmp_path, *arguments)] == ["None"]
 
 
 def test_a_command_starts_again_as_the_same_process(tmp_path):
     expected = ["None"]
     if MODE.exists() and "[madvise]" in MODE.read_text():
         expected.append("glibc.malloc.hugetlb=1")
-    starts = _starts(
-        tmp_path, "-W", "error", "-m", "vvt_jax.system.errors", "with space", "--flag=1"
-    )
+    starts = _starts(tmp_path, "-m", "vvt_jax.predict", "--help")
     assert [tunables for *_, tunables in starts] == expected

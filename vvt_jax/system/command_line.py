@@ -1,11 +1,35 @@
-"""What commands share: how their arguments are read, and what they refuse to overwrite."""
+"""What commands share: how they end, how arguments are read, and what is not overwritten."""
 
 import ast
-from collections.abc import Sequence
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from vvt_jax.system.errors import UserError
+
+
+@contextlib.contextmanager
+def ending_in_a_sentence(written: Path | None = None) -> Iterator[None]:
+    """Ends the program with one sentence and status 1 for what the user can mend, and with the
+    shell's status 130 after Ctrl-C.
+
+    Args:
+        written: what the command writes, for errors of the file system that name no file; None
+            leaves these errors alone.
+    """
+    try:
+        yield
+    except ValueError as error:  # UserError, and fields that a model does not have
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        if written is None:
+            raise
+        sys.exit(f"error: {error.filename or written} can't be written: {error.strerror}.")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 def parse_fields(settings: Sequence[str]) -> dict[str, Any]:

@@ -21,10 +21,11 @@ def restart_with_huge_pages() -> None:
 
     Process number, arguments and open files stay. Does nothing where the variable names the tunable
     already (`GLIBC_TUNABLES=glibc.malloc.hugetlb=0` keeps small pages), or where Linux gives huge
-    pages unasked or never.
+    pages unasked or never, or after jax was imported: then a program that runs already has run the
+    command's module as a part of its work.
     """
     environment = with_huge_pages(os.environ, _mode())
-    if environment is not None:
+    if environment is not None and "jax" not in sys.modules:
         os.execve(sys.executable, sys.orig_argv, environment)
 
 

@@ -72,7 +72,7 @@ def parse_flags(argv: list[str], config_flag: flags.FlagHolder) -> list[str]:
         )  # paths that were tried go before
     except SystemExit as error:
         if argv[1:] and any(re.match(r"--?(help|\?)", arg) for arg in argv[1:]):
-            raise
+            sys.exit(0)  # absl would say 1
         stop(f"The config file ends the program, with status {error.code}.")
     except Exception as error:  # whatever the config's own code raises
         stop(f"The config file can't be read: {_described(error)}.")

@@ -237,6 +237,20 @@ def test_a_class_without_training_images_keeps_its_number_in_every_split(tmp_pat
         assert _open(tmp_path, split).class_names == ("a", "b", "c")
 
 
+def test_a_folder_of_what_is_measured_needs_no_training_images(tmp_path):
+    _fill(tmp_path / "val", {"blue": 2, "red": 1})
+    source = open_source("folder", "validation", data_dir=str(tmp_path))
+    assert source.class_names == ("blue", "red")
+    assert len(source.examples) == 3
+    with pytest.raises(DataError, match="has no split 'train': it has validation"):
+        open_source("folder", "train", data_dir=str(tmp_path))
+
+
+def test_a_class_may_be_called_val(tmp_path):
+    _fill(tmp_path, {"val": 2, "red": 1})
+    assert open_source("folder", "train", data_dir=str(tmp_path)).class_names == ("red", "val")
+
+
 def test_a_class_may_be_called_train(tmp_path):
     _fill(tmp_path, {"train": 2, "plane": 1})
     assert _used(tmp_path) == [("plane", 0), ("train", 0), ("train", 1)]

@@ -60,7 +60,7 @@ def open_folder(split: str, data_dir: str | None, cut: Cut, *, upright: bool = T
     listed = _images_by_class(places[name], left_out)
     classes = [
         known
-        for known in _sub_folders(places["train"])
+        for known in _sub_folders(places.get("train", places[name]))
         if listed.get(known) or _is_class(known, places.values())
     ]
     for sub_folder, images in listed.items():
@@ -95,16 +95,18 @@ def split_folders(root: AnyPath, left_out: LeftOut | None = None) -> dict[str, A
     """The folder of each split; the root itself is `train` where its sub-folders are classes.
 
     A sub-folder called `train` is the training split if it is divided into classes, and a class
-    like the others if the images lie in it directly.
+    like the others if the images lie in it directly. Without it, sub-folders are splits to measure
+    if all of them are called so and are divided into classes.
 
     Raises:
         DataError: both could be meant.
     """
     left_out = LeftOut() if left_out is None else left_out
     subs = _sub_folders(root, left_out)
-    if "train" not in subs:
-        return {"train": root}
     places = named_splits(root)
+    if "train" not in subs:
+        divided = all(_is_divided(place) for place in places.values())
+        return places if divided and len(places) == len(subs) else {"train": root}
     splits = {path.name for path in places.values()}
     others = [name for name in subs if name not in splits and _has_images(root / name)]
     if others:
@@ -121,16 +123,19 @@ def split_folders(root: AnyPath, left_out: LeftOut | None = None) -> dict[str, A
 
 
 def named_splits(root: AnyPath) -> dict[str, AnyPath]:
-    """The sub-folders that are called as splits are; the root is `train` if none is called that."""
+    """The sub-folders that are called as splits are; the root is `train` if none is called so."""
     subs = _sub_folders(root)
-    if "train" not in subs:
-        return {"train": root}
     return {
         split: root / folder
         for split, folders in _NAMES.items()
         for folder in folders
         if folder in subs
-    }
+    } or {"train": root}
+
+
+def _is_divided(folder: AnyPath) -> bool:
+    """Whether a folder has images in sub-folders, and none beside them."""
+    return _has_images(folder) and not _has_images(folder, deep=False)
 
 
 def _is_class(name: str, places: Iterable[AnyPath]) -> bool:
