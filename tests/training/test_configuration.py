@@ -177,7 +177,7 @@ CONFIGS = {
 
 def test_every_config_is_known_here():
     files = {path.stem for path in Path(common.__file__).parent.glob("*.py")}
-    assert files == {*CONFIGS, "common"}
+    assert files - {"__init__"} == {*CONFIGS, "common"}
 
 
 @pytest.mark.parametrize(("name", "arg"), [(n, a) for n, args in CONFIGS.items() for a in args])
