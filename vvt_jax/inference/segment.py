@@ -127,7 +127,8 @@ def classes_at_own_size(
     Args:
         scores: `[batch, h, w, num_classes]`.
         own_size: int32 `[batch, 2]`, heights and widths; what lies beyond has no meaning.
-        height, width: of the result.
+        height: of the result, in pixels.
+        width: of the result, in pixels.
     """
 
     def classes(row: jax.Array) -> jax.Array:
