@@ -32,7 +32,7 @@ __all__ = ["Interrupted", "NonFiniteLossError", "train_and_evaluate"]
 def train_and_evaluate(
     config: ConfigDict, workdir: str | os.PathLike, *, flagged: Collection[str] = ()
 ) -> dict[str, float]:
-    """Trains as the config says, or goes on with what the workdir holds, and evaluates.
+    """Trains as the config says, or resumes from the workdir, and evaluates.
 
     The workdir gets `config.json`, `record.json` and `examples/` (what the run was made from, see
     `vvt_jax.training.run_record`), `layout.txt` (what each device holds), `checkpoints/`,
@@ -43,16 +43,17 @@ def train_and_evaluate(
 
     Args:
         config: see `configs/common.py`.
-        workdir: the run's folder, also a `gs://` address; given again, the run resumes. What is
-            different there: `vvt_jax.system.storage`; TensorBoard files go into folders only.
-        flagged: fields, such as `data.size`, that were set on the command line: they go before
-            what a run or a model recorded, which goes before the rest of the config.
+        workdir: the run's folder, or a `gs://` address; rerun with the same one to resume. For how
+            object stores differ, see `vvt_jax.system.storage`; TensorBoard files need a folder.
+        flagged: fields, such as `data.size`, that were set on the command line. They override what
+            a run or a model recorded, which overrides the rest of the config.
 
     Returns:
         The last evaluation's measurements, as in `metrics.jsonl`.
 
     Raises:
-        UserError: a config, data set, checkpoint or loss that can't be gone on with, in a sentence.
+        UserError: a config, data set, checkpoint or loss that can't be used; the message is one
+            sentence.
         Interrupted: SIGTERM or Ctrl-C came; the run was saved.
     """
     workdir = storage.locate(workdir)
@@ -82,17 +83,17 @@ def _train(
         if hosts.is_first():
             stack.enter_context(WorkdirLock(workdir))
         interruption = stack.enter_context(Interruption())
-        said = made.told
+        notes = list(made.told)
         checkpoints = stack.enter_context(
-            Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints, say=said.append)
+            Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints, say=notes.append)
         )
         if checkpoints.latest_step() is not None:
             state, best = checkpoints.restore(plan.abstract_state)
         else:
             state, best = programs.init_state(), Best()
             if config.init_from:
-                state, more = programs.start_from(made.read_start(), state)
-                said += more
+                state, new_notes = programs.start_from(made.read_start(), state)
+                notes += new_notes
         start = step = int(state.step)
         train_step = programs.compile_train_step()  # before the clock starts
         if hosts.is_first():  # nothing has to be undone where the run could not start
@@ -100,7 +101,7 @@ def _train(
         make_reporter = Reporter if hosts.is_first() else SilentReporter
         reporter = stack.enter_context(make_reporter(workdir, start_step=step, total_steps=total))
         layout = planning.describe_layout(plan, workdir / "layout.txt")
-        for line in [*said, *lines, planning.describe_steps(plan), *layout]:
+        for line in [*notes, *lines, planning.describe_steps(plan), *layout]:
             reporter.say(line)
         if step:
             reporter.say(f"Resumed at step {step} of {total}.")
@@ -112,7 +113,7 @@ def _train(
         trace = stack.enter_context(Trace(workdir / "profile", profile_at, config.profile_steps))
         evaluation = Evaluation(plan, programs, reporter.say)
         milestones = Milestones(plan, evaluation, checkpoints, reporter, best, workdir / "model")
-        if step and evaluation.is_owed(step, reporter):
+        if step and evaluation.was_missed(step, reporter):
             milestones.reach(state, {}, evaluate=plan.steps.due(step).evaluate, save=False)
 
         stopwatch = Stopwatch()
@@ -123,10 +124,10 @@ def _train(
             if step == total or interruption.stops_after(step - start):
                 break
             trace.before(step + 1)
-            state, done = train_step(state, batch)
+            state, step_done = train_step(state, batch)
             step += 1
-            dispatched.add(done)
-            trace.after(step, done)
+            dispatched.add(step_done)
+            trace.after(step, step_done)
             reporter.advance()
             if metrics := readback.read():  # while the devices are busy with this step
                 reporter.write(step - 1, metrics)
@@ -156,34 +157,34 @@ def _train(
 def _evaluate(
     plan: Plan, made: Provenance, workdir: AnyPath, lines: Sequence[str]
 ) -> dict[str, float]:
-    programs, said = Programs(plan), made.told
-    evaluation = Evaluation(plan, programs, say=said.append)
-    also = evaluation.open_also(workdir / "offsets" if workdir.exists() else None)
+    programs, notes = Programs(plan), list(made.told)
+    evaluation = Evaluation(plan, programs, say=notes.append)
+    extra_sets = evaluation.open_extra_sets(workdir / "offsets" if workdir.exists() else None)
     if made.start is not None:
-        state, more = programs.start_from(made.start, programs.init_state(), keep_head=True)
-        said += more
+        state, new_notes = programs.start_from(made.start, programs.init_state(), keep_head=True)
+        notes += new_notes
     else:
-        with Checkpoints(workdir / "checkpoints", keep=None, say=said.append) as checkpoints:
+        with Checkpoints(workdir / "checkpoints", keep=None, say=notes.append) as checkpoints:
             if checkpoints.latest_step() is None:
                 raise ConfigError(
                     f"{workdir} has no checkpoint to evaluate: is it the run's folder?"
                 )
             state, _ = checkpoints.restore(plan.abstract_state, without=("opt_state",))
-    said[:0] = planning.describe_rows(plan)
+    notes[:0] = planning.describe_rows(plan)
     folder = workdir / "evaluation"
     metrics = evaluation.measure(state, "validation", "eval", folder)
     metrics |= evaluation.measure(state, "test", "test", folder)
-    metrics |= evaluation.measure_also(state, also, folder)
+    metrics |= evaluation.measure_extra_sets(state, extra_sets, folder)
     if not hosts.is_first():
         return metrics
     step = int(state.step)
     charts.write_metrics(folder / "metrics.json", step, metrics)
     for name, value in metrics.items():
         if name.endswith("/loss"):
-            said.append(f"step {step}: {describe(name.removesuffix('/loss'), metrics)}")
+            notes.append(f"step {step}: {describe(name.removesuffix('/loss'), metrics)}")
         if name.endswith("/mce"):
             kind = name.removesuffix("/mce")
-            said.append(f"step {step}: {kind} mean corruption error {value:.2%}")
-    said.append(f"All measurements, and what each class is taken for, are in {folder}.")
-    print(*lines, *said, sep="\n")
+            notes.append(f"step {step}: {kind} mean corruption error {value:.2%}")
+    notes.append(f"All measurements, and what each class is taken for, are in {folder}.")
+    print(*lines, *notes, sep="\n")
     return metrics

@@ -53,7 +53,7 @@ class Setting:
         train: a training step (AdamW), or else a forward pass.
         fields: of the model, that differ from the named one's.
         forms: of operations, that differ from the platform's own; see `vvt_jax.models.forms`.
-        mesh: devices along each axis; see `parallel.make_mesh`.
+        mesh: devices along each axis; see `sharding.make_mesh`.
     """
 
     model: str = "vvt_tiny"

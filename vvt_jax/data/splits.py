@@ -1,6 +1,6 @@
 """How parts of a split, such as `train[:90%]`, are cut where a source has a name for each example.
 
-A `sources.Cut` chooses the examples of a part from all those of its split. `ByHash` is the one for
+A `examples.Cut` chooses the examples of a part from all those of its split. `ByHash` is the one for
 new runs, `Recorded` repeats what a run wrote down, and `at_random` is how runs were cut that wrote
 nothing down.
 """

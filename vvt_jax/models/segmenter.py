@@ -249,7 +249,7 @@ class Segmenter(VVT):
         self._make_stages()
         dtype = jnp.dtype(self.dtype)
         channels = self.head_channels or HEADS[self.head]
-        head = SemanticFPN if self.head == "fpn" else UPerNet
+        head = {"fpn": SemanticFPN, "upernet": UPerNet}[self.head]
         self.decoder = head(self.num_classes, self.dropout, channels, dtype)
         if self.head == "upernet":
             self.auxiliary = AuxiliaryHead(self.num_classes, self.dropout, channels // 2, dtype)

@@ -49,7 +49,7 @@ class Evaluation:
             state: whose weights are measured, and whose averaged ones, if it has some.
             part: of the data, such as `validation`.
             prefix: of the measurements' names, such as `eval`.
-            folder: for tables of what each class is taken for.
+            folder: where confusion tables go.
             show: takes a name and a picture of predictions.
 
         Raises:
@@ -74,11 +74,11 @@ class Evaluation:
         return metrics
 
     def score(self, metrics: Mapping[str, float]) -> float | None:
-        """What says whether weights are better than others, None where it was not measured."""
+        """The score by which the best weights are chosen; None where it was not measured."""
         name = self._plan.task.score
         return metrics.get(f"eval_ema/{name}", metrics.get(f"eval/{name}"))
 
-    def is_owed(self, step: int, reporter: Reporter) -> bool:
+    def was_missed(self, step: int, reporter: Reporter) -> bool:
         """Whether a run that goes on at a step had no chance to measure there, since its data was
         broken. The first process decides for all."""
         steps, sources = self._plan.steps, self._plan.sources
@@ -88,7 +88,7 @@ class Evaluation:
         owed = hosts.is_first() and any(not reporter.has(step, name) for name in wanted)
         return bool(hosts.union([1] if owed else []))
 
-    def open_also(self, cache_dir: AnyPath | None) -> list[imagenet_sets.EvaluationSet]:
+    def open_extra_sets(self, cache_dir: AnyPath | None) -> list[imagenet_sets.EvaluationSet]:
         """The sets of `config.data.eval_also`."""
         data = self._plan.config.data
         return imagenet_sets.open_sets(
@@ -100,7 +100,7 @@ class Evaluation:
             upright=data.upright,
         )
 
-    def measure_also(
+    def measure_extra_sets(
         self, state: TrainState, sets: Sequence[imagenet_sets.EvaluationSet], folder: AnyPath
     ) -> dict[str, float]:
         """Measurements on those sets; a table of the corruptions goes into the folder."""

@@ -69,7 +69,7 @@ class Milestones:
                 score = self._evaluation.score(metrics)
             if step == total:
                 metrics |= measure("test", "test")
-        except BrokenSplitError as error:  # all processes find it alike
+        except BrokenSplitError as error:  # raised in every process
             problem = error
         else:
             self._reporter.write(step, metrics)
@@ -79,7 +79,7 @@ class Milestones:
             self._save_model(state)
         elif step == total and not self._best.step and problem is None:
             self._save_model(state)  # there was no validation
-        if save or problem is not None:  # nothing that was learnt is lost for the data
+        if save or problem is not None:  # progress is saved before bad data ends the run
             self.save(state)
         if problem is not None:
             raise problem

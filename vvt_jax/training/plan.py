@@ -1,4 +1,4 @@
-"""What follows from a config and its data before anything is computed."""
+"""Everything that is derived from a config and its data before anything is computed."""
 
 import contextlib
 import dataclasses
@@ -41,7 +41,7 @@ class Due(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """How long a run is, and how often it does what: in steps."""
+    """How long a run is, and how often it logs, evaluates and saves, in steps."""
 
     total: int
     log_every: int
@@ -59,12 +59,12 @@ class Plan:
     """What a run is made of.
 
     Attributes:
-        config: whose values count, see `provenance`.
+        config: with what a run or model recorded already applied, see `provenance`.
         sources: by part of the data: `train`, `validation`, `test`.
         task: what is learnt, with the model.
         mesh: of the devices.
         steps: the length of the run. An evaluation has it as zeros.
-        schedule: the learning rate by the number of updates before; None in an evaluation.
+        schedule: the learning rate by the number of updates done so far; None in an evaluation.
         optimizer: in an evaluation one that has no state.
         abstract_state: shapes, dtypes and shardings of the state.
     """
@@ -129,7 +129,7 @@ class Plan:
         return peak and peak * self.mesh.devices.size
 
     def flops_per_image(self) -> int:
-        """Of a training step: two a multiply-add, and three forward passes' worth."""
+        """Of a training step: two FLOPs per multiply-add, times three forward passes."""
         layers = counting.count(self.model, *self.config.data.size)
         return 6 * sum(layer.published for layer in layers)
 
@@ -202,7 +202,7 @@ def make_plan(config: ConfigDict, sources: Mapping[str, Source]) -> Plan:
 
 
 def describe_data(plan: Plan) -> list[str]:
-    """The data in a line, what of it is not used, and in training what the masks contain.
+    """The data in a line, the files that are left out, and in training what the masks contain.
 
     Raises:
         DataError: masks that can't be learnt from.
@@ -218,7 +218,7 @@ def describe_data(plan: Plan) -> list[str]:
 
 
 def describe_steps(plan: Plan) -> str:
-    """The run in a line: how long it is, and how often it does what."""
+    """The run in a line: how long it is, and how often it logs, evaluates and saves."""
     steps, batch = plan.steps, plan.config.batch_size
     epochs = steps.total * batch / len(plan.sources["train"].examples)
     return (

@@ -66,10 +66,10 @@ class Programs:
         ), lines
 
     def compile_train_step(self) -> TrainStep:
-        """The update; it takes the state's memory over. Any other shape is an error.
+        """Compiles the update. It donates the state's buffers, and any other shape is an error.
 
         What it returns beside the state is small, and there when the step is done: the state itself
-        can't be waited for, since the next step takes it over.
+        can't be waited for, because the next step takes its buffers.
         """
         plan, fields = self._plan, self._plan.config.optimizer
         train_step = make_train_step(
@@ -130,7 +130,8 @@ class Programs:
 
     @functools.cached_property
     def _eval_variables(self) -> Any:
-        """Variables as evaluation takes them: a program that runs often wants blocks apart."""
+        """Variables as evaluation takes them: unstacked, which a program that runs often is faster
+        with."""
         shapes = jax.eval_shape(unstack_blocks, self._plan.abstract_state.variables())
         return sharding.abstract(sharding.state_shardings(self._plan.mesh, shapes), shapes)
 
@@ -141,7 +142,7 @@ class Programs:
 
     @functools.cached_property
     def _zero_totals(self) -> Callable[[], Totals]:
-        # Compiled, not put there: with several processes that would compare them, and wait
+        # Compiled rather than `device_put`, which makes several processes compare values and wait
         return jax.jit(Totals.zeros, out_shardings=self._plan.shardings.totals)
 
     @functools.cached_property

@@ -1,4 +1,4 @@
-"""What the devices computed for a report, and nobody has waited for yet."""
+"""What the devices computed for a report that has not been read back yet."""
 
 import functools
 from typing import NamedTuple
@@ -42,8 +42,9 @@ class Readback:
         self._waiting = _Waiting(step, totals, hosts.gather(self._broken.take()))
 
     def read(self) -> dict[str, float]:
-        """The measurements that were put here, after waiting for them; nothing where there are
-        none. `name_broken` is to follow.
+        """Waits for the measurements that were put here and returns them; empty if none are there.
+
+        Call `name_broken` next: apart, so that what was read is written first.
 
         Raises:
             NonFiniteLossError: a loss or a gradient was not finite.
