@@ -43,6 +43,7 @@ def main(argv: list[str]) -> None:
             raise ConfigError(f"Not a flag: {argv[1]}; a field is given as --config.field=value.")
         flagged = flagged_fields(_CONFIG)
         train_and_evaluate(_CONFIG.value, str(_WORKDIR.value), flagged=flagged)
+        failure.finish()
     except hosts.IncompleteGroupError as error:
         failure.end(str(error), CRASH)  # the others may come the next time
     except UserError as error:
@@ -52,6 +53,7 @@ def main(argv: list[str]) -> None:
         failure.end(str(error), USER_ERROR, at_once=at_once)
     except Interrupted as interrupted:
         print(interrupted, file=sys.stderr)
+        failure.finish()
         sys.exit(interrupted.exit_status)
     except Exception as error:
         if not failure.has_happened():  # in another process, which this error then follows from

@@ -56,7 +56,7 @@ def main() -> int:
             return USER_ERROR
         if not any(statuses) or group.signalled or not lost:
             break
-    return max(128 - status if status < 0 else status for status in statuses)
+    return max((128 - s if s < 0 else s for s in statuses), default=128 + signal.SIGTERM)
 
 
 class Group:
@@ -67,7 +67,7 @@ class Group:
         self._processes: list[subprocess.Popen] = []
         self.signalled = False
         self.first_statuses: set[int] = set()  # of the processes that failed first
-        for signum in (signal.SIGTERM, signal.SIGINT):
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(signum, self._forward)
 
     def run(self) -> Sequence[int]:
@@ -75,7 +75,13 @@ class Group:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self._processes = [self._start(i, port) for i in range(self._options.processes)]
+        self._processes = []
+        for number in range(self._options.processes):
+            if self.signalled:
+                break
+            self._processes.append(self._start(number, port))
+        if self.signalled:  # also one that came while the last process started
+            self._forward(signal.SIGTERM, None)
         reported: set[int] = set()
         self.first_statuses = failed = set[int]()
         end: float | None = None  # when those that are left are killed
@@ -129,7 +135,7 @@ class Group:
         self.signalled = True
         for process in self._processes:
             if process.poll() is None:
-                process.send_signal(signum)
+                process.send_signal(signal.SIGTERM if signum == signal.SIGHUP else signum)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ on_all_hosts() {
 
 for attempt in $(seq 1 10); do
   # What is left of a lost group is ended first (the brackets keep the pattern from itself).
-  on_all_hosts "pkill -KILL -u \$USER -f '[v]vt_jax.main'; sleep 1"
+  on_all_hosts "pkill -KILL -u \$USER -f '[v]vt_jax.main'; rm -f ~/vvt_jax/.user_error; sleep 1"
   # jax finds the other hosts by itself.
-  on_all_hosts "cd ~/vvt_jax && rm -f .user_error && .venv/bin/python -m vvt_jax.main $arguments
+  on_all_hosts "cd ~/vvt_jax && .venv/bin/python -m vvt_jax.main $arguments
     status=\$?; [ \$status -ne 1 ] || touch .user_error; exit \$status"
   status=$?
   [ $status -eq 0 ] && exit 0

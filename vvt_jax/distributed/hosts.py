@@ -71,7 +71,8 @@ def join(distributed: Mapping[str, Any], *, preemptible: bool) -> None:
     else:
         cluster = "config.distributed"
     timeout = distributed["start_timeout"]
-    if given.get("process_id"):  # the first one waits for the others in any case
+    # The first process waits for the others in any case
+    if given.get("process_id") and given.get("coordinator"):
         _wait_for(distributed["coordinator"], timeout)
     jax.config.update("jax_enable_preemption_service", preemptible)
     try:
@@ -86,7 +87,9 @@ def join(distributed: Mapping[str, Any], *, preemptible: bool) -> None:
             )
     except Exception as error:  # jax's own, those of MPI and of Kubernetes
         reason = str(error).strip().partition("\n")[0][:300]
-        raise GroupError(
+        passes = isinstance(error, jax.errors.JaxRuntimeError | OSError)
+        kind = IncompleteGroupError if passes else GroupError
+        raise kind(
             f"The group of processes that {cluster} tells of can't be joined ({reason}): "
             "config.distributed.coordinator=HOST:PORT, num_processes and process_id tell it "
             "otherwise, num_processes=1 works alone."

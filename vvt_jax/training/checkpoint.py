@@ -10,10 +10,11 @@ over devices or processes reads the same files, and the sums are made in the bac
 arrays left the devices. They are written before the folder gets its final name: none is without.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -27,8 +28,9 @@ from orbax.checkpoint.checkpoint_managers import (
     PreservationPolicy,
 )
 
+from vvt_jax.distributed import failure
 from vvt_jax.system import storage
-from vvt_jax.system.errors import UnwrittenError, UserError
+from vvt_jax.system.errors import NO_ROOM, USER_ERROR, UnwrittenError, UserError
 from vvt_jax.system.storage import AnyPath
 from vvt_jax.training.checksums import SUMS, DamagedError, verify_sums, write_sums
 
@@ -111,9 +113,9 @@ class Checkpoints:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             self._manager.close()  # waits for what is being written
-        except jax.errors.JaxRuntimeError:
-            raise  # of the devices or of another process, not of the files
         except Exception as error:
+            if not _is_of_files(error):
+                raise
             if kind is None:  # else the block has already failed, maybe by the same
                 raise self._unwritten(error) from error
 
@@ -139,9 +141,9 @@ class Checkpoints:
                     bookkeeping=ocp.args.JsonSave(book),
                 ),
             )
-        except jax.errors.JaxRuntimeError:
-            raise
         except Exception as error:  # of this one, or of the one before, in the background
+            if not _is_of_files(error):
+                raise
             raise self._unwritten(error) from error
 
     def restore(
@@ -266,9 +268,9 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(state=state, bookkeeping=ocp.args.JsonRestore()),
             )
-        except jax.errors.JaxRuntimeError:
-            raise
         except Exception as error:  # orbax raises whatever its storage layers do
+            if not _is_of_files(error):
+                raise
             raise self._unreadable(step, error) from error
 
     def _saved_tree(self, step: int) -> Any:
@@ -291,10 +293,7 @@ class Checkpoints:
         )
 
     def _unwritten(self, error: Exception) -> CheckpointError:
-        return UnwrittenCheckpointError(
-            f"A checkpoint can't be written into {self._folder} ({_describe(error)}): those that "
-            "are complete stay as they are; with room on the disk, the same command goes on."
-        )
+        return UnwrittenCheckpointError(_unwritten(self._folder, error))
 
 
 class _Manager(ocp.CheckpointManager):
@@ -325,14 +324,34 @@ class _NewestAndBest(PreservationPolicy):
 class _SummedState(ocp.StandardCheckpointHandler):
     def finalize(self, directory: epath.Path) -> None:
         """Called in the first process, when all have written, before the folder is renamed."""
-        super().finalize(directory)
-        write_sums(directory)
+        with _announcing_full_disks(directory):
+            super().finalize(directory)
+            write_sums(directory)
 
 
 class _SummedBookkeeping(ocp.JsonCheckpointHandler):
     def finalize(self, directory: epath.Path) -> None:
-        super().finalize(directory)
-        write_sums(directory)
+        with _announcing_full_disks(directory):
+            super().finalize(directory)
+            write_sums(directory)
+
+
+@contextlib.contextmanager
+def _announcing_full_disks(directory: epath.Path) -> Iterator[None]:
+    """Tells other processes, which otherwise wait for this one for twenty minutes."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            failure.announce(_unwritten(directory, error), USER_ERROR)
+        raise
+
+
+def _unwritten(folder: epath.Path, error: Exception) -> str:
+    return (
+        f"A checkpoint can't be written into {folder} ({_describe(error)}): those that "
+        "are complete stay as they are; with room on the disk, the same command goes on."
+    )
 
 
 def _partial_restore(wanted: Any) -> ocp.args.PyTreeRestore:
@@ -367,6 +386,18 @@ def _first_difference(saved: Any, wanted: Any) -> str | None:
                 f"{name} has shape {there.get(name, 'none')} there, {here.get(name, 'none')} here"
             )
     return None
+
+
+def _is_of_files(error: BaseException | None) -> bool:
+    """Whether files are the reason for an error, and not another process or the devices: orbax
+    makes a barrier's error one of its own."""
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    if any(isinstance(each, OSError) and each.errno in NO_ROOM for each in chain):
+        return True
+    return not any(isinstance(each, jax.errors.JaxRuntimeError | TimeoutError) for each in chain)
 
 
 def _describe(error: Exception) -> str:
