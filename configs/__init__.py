@@ -1,1 +1,1 @@
-"""The configs that come with the package: `common` lists every field, the others differ from it."""
+"""The configs that come with the package: `common` lists every field, the others build on it."""

@@ -1,24 +1,24 @@
-"""ADE20K's 150 classes for scene parsing (Zhou et al. 2017; ADEChallengeData2016).
+"""Scene parsing on the 150 classes of ADE20K (Zhou et al. 2017; ADEChallengeData2016).
 
     python -m vvt_jax.prepare ade20k --manual_dir=FOLDER_OF_THE_ZIP
     python -m vvt_jax.main --config=configs/ade20k.py:vvt_small,fpn --workdir=runs/ade20k \
         --config.init_from=runs/imagenet_small
 
-After the colon stand the backbone, vvt_small, vvt_medium or vvt_large, and the head: `fpn`
-(Semantic FPN, 80,000 steps) or `upernet` (160,000 steps). `init_from` takes the backbone of a
-classifier: a model folder or another run's workdir.
+The argument after the colon names the backbone (vvt_small, vvt_medium or vvt_large) and the head:
+`fpn` (Semantic FPN, 80,000 steps) or `upernet` (160,000 steps). `init_from` takes a model folder or
+another run's workdir, and the backbone is initialised from that classifier.
 
-Cost: steps of 16 images of 512 pixels, 0.3 TFLOP an image with fpn and 1.4 with upernet for
-vvt_small. The published mIoU is 45.6, 47.4 and 47.9 % with fpn and 46.8, 48.1 and 48.8 % with
-upernet. Not run here. The recipes are those of the papers that the authors cite for their settings
-(PVT, arXiv 2102.12122, and Swin, arXiv 2103.14030), since theirs were not published. Three things
-differ from the code of those papers:
+Cost: 16 images of 512 pixels per step; for vvt_small, 0.3 TFLOP per image with fpn and 1.4 with
+upernet. The published mIoU of the three backbones is 45.6, 47.4 and 47.9 % with fpn, and 46.8, 48.1
+and 48.8 % with upernet. Not run here. The authors did not publish their recipes, so these are the
+recipes of the papers that they cite for their settings (PVT, arXiv 2102.12122, and Swin, arXiv
+2103.14030). Three things differ from the code of those papers:
 
-- Images are made smaller with antialiasing, as everywhere in this package; mmcv has none.
-- A whole image is evaluated at sides that are rounded to the nearest multiple of 32; PVT's code
+- Images are downsampled with antialiasing, as everywhere in this package; mmcv does not antialias.
+- For evaluation, the sides of a whole image are rounded to the nearest multiple of 32; PVT's code
   rounds up, so that 683 pixels become 704 there and 672 here.
-- Biases and norms have no weight decay with either head; PVT's code decays them, Swin's does not
-  decay norms.
+- Biases and norms have no weight decay with either head; PVT's code decays both, Swin's does
+  not decay norms.
 """
 
 from ml_collections import ConfigDict

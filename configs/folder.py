@@ -1,12 +1,12 @@
-"""Your own images: a folder with a sub-folder for each class, or with `train/` and `val/` of such.
+"""Your own images: a folder with one sub-folder per class, or `train/` and `val/` like that.
 
     python -m vvt_jax.main --config=configs/folder.py --workdir=runs/mine \
         --config.data.data_dir=FOLDER --config.init_from=MODEL_FOLDER
 
-With `train/` and `val/` add `--config.data.train_split=train --config.data.validation_split=val`.
-`init_from` takes a model folder or another run's workdir; left out, training starts from scratch.
+With `train/` and `val/`, add `--config.data.train_split=train --config.data.validation_split=val`.
+`init_from` takes a model folder or another run's workdir; without it, training starts from scratch.
 
-Cost: 30 epochs of your images, 18 GFLOP an image for vvt_tiny at 224 pixels. Not run.
+Cost: 30 epochs of your images, 18 GFLOP per image for vvt_tiny at 224 pixels. Not run.
 """
 
 from ml_collections import ConfigDict

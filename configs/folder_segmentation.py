@@ -1,12 +1,12 @@
-"""Your own images and masks: vvt_jax/data/sources/folder_segmentation.py has the layout.
+"""Your own images and masks, laid out as in vvt_jax/data/sources/folder_segmentation.py.
 
     python -m vvt_jax.main --config=configs/folder_segmentation.py:vvt_tiny,fpn \
         --workdir=runs/mine --config.data.data_dir=FOLDER --config.init_from=MODEL_FOLDER
 
-With `train/` and `val/` add `--config.data.train_split=train --config.data.validation_split=val`.
-`init_from` takes a model folder or another run's workdir, of a classifier or a segmenter.
+With `train/` and `val/`, add `--config.data.train_split=train --config.data.validation_split=val`.
+`init_from` takes the model folder or the workdir of a classifier or a segmenter.
 
-Cost: 60 epochs of your images, 0.2 TFLOP an image of 512 pixels for vvt_tiny. Not run.
+Cost: 60 epochs of your images, 0.2 TFLOP per image of 512 pixels for vvt_tiny. Not run.
 """
 
 from ml_collections import ConfigDict

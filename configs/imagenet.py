@@ -3,26 +3,27 @@
     python -m vvt_jax.prepare imagenet2012 --manual_dir=FOLDER_OF_THE_TARS
     python -m vvt_jax.main --config=configs/imagenet.py:vvt_tiny --workdir=runs/imagenet_tiny
 
-After the colon stands the model, vvt_tiny, vvt_small, vvt_medium or vvt_large. Fine-tuned at 384
-pixels from a run at 224:
+The argument after the colon names the model: vvt_tiny, vvt_small, vvt_medium or vvt_large. To
+fine-tune a run at 224 pixels at 384:
 
     python -m vvt_jax.main --config=configs/imagenet.py:vvt_tiny,384 --workdir=runs/tiny_384 \
         --config.init_from=runs/imagenet_tiny
 
-Measured, also on ImageNet's other validation sets, as far as tfds has prepared them:
+To evaluate, also on those of ImageNet's other validation sets that tfds has prepared:
 
     python -m vvt_jax.main --config=configs/imagenet.py:vvt_tiny --workdir=runs/imagenet_tiny \
         --config.mode=eval --config.data.eval_also="('imagenet_v2', 'imagenet2012_real', \
         'imagenet_a', 'imagenet_r', 'imagenet2012_corrupted')"
 
-Cost: 300 epochs of 1.28 million images; 18 GFLOP an image for vvt_tiny, 65 for vvt_large. The
-published top-1 is 79.2, 82.6, 83.8 and 84.1 % at 224 pixels and 80.3, 83.4, 84.5 and 84.7 % at 384.
-Not run here. The batch sizes are ours: the authors print a learning rate for 512 images, and scale
-it. One draw of mixup or cutmix is for the whole batch here; each of the authors' processes draws
-its own for its part of the batch, which is augment.mix_groups. Their recipe at 384 was never
-published. Ours has DeiT's rates and length (arXiv 2012.12877) and what the authors' script does by
-default: no drop path, and evaluation on the central 0.875 of an image that was resized to 438
-pixels.
+Cost: 300 epochs of 1.28 million images; 18 GFLOP per image for vvt_tiny and 65 for vvt_large. The
+published top-1 accuracy of the four models is 79.2, 82.6, 83.8 and 84.1 % at 224 pixels, and 80.3,
+83.4, 84.5 and 84.7 % at 384. Not run here. The batch sizes are our choice: the authors give a
+learning rate for 512 images and scale it. Here, mixup or cutmix is drawn once for the whole batch;
+each of the authors' processes makes its own draw for its part of the batch, which
+augment.mix_groups reproduces. Their recipe at 384 pixels was never published. Ours takes the
+learning rates and the number of epochs from DeiT (arXiv 2012.12877), and the defaults of the
+authors' script for the rest: no drop path, and evaluation on the central 0.875 of an image that was
+resized to 438 pixels.
 """
 
 from ml_collections import ConfigDict
@@ -41,15 +42,15 @@ def get_config(arg: str = "vvt_tiny") -> ConfigDict:
             f"{', '.join(_MODELS)}, and ',384' to fine-tune."
         )
     config = common.get_config()
-    config.batch_size = 1024  # ours: no batch size was published, but the rate for any
+    config.batch_size = 1024  # our choice: only a learning rate that scales with it was published
     config.total_epochs = 300.0
     config.model.name = name
     config.model.drop_path_rate = 0.1 if name == "vvt_tiny" else 0.3
-    config.model.dtype = "bfloat16"  # published: fp16 with loss scaling
+    config.model.dtype = "bfloat16"  # the authors used fp16 with loss scaling
 
     config.data.source = "tfds:imagenet2012"
     config.data.test_split = ""  # the labels of the test set are not public
-    config.data.upright = False  # as published; a few of the images have an orientation
+    config.data.upright = False  # as published; a few images have an EXIF orientation
     config.data.workers = 8
 
     published(config)
@@ -68,7 +69,7 @@ def get_config(arg: str = "vvt_tiny") -> ConfigDict:
 
 
 def published(config: ConfigDict) -> None:
-    """Optimizer and augmentation as published for ImageNet; CIFAR-100 uses them too."""
+    """Set the optimizer and augmentation published for ImageNet, which CIFAR-100 uses too."""
     config.optimizer.schedule = "cosine_by_epoch"
     config.optimizer.learning_rate = 5e-4
     config.optimizer.learning_rate_batch = 512
@@ -79,7 +80,7 @@ def published(config: ConfigDict) -> None:
     config.optimizer.label_smoothing = 0.1
 
     config.augment.randaugment = "rand-m9-mstd0.5-inc1"
-    config.augment.color_jitter = 0.4  # only where RandAugment is off
+    config.augment.color_jitter = 0.4  # only takes effect where RandAugment is off
     config.augment.repeats = 3
     config.augment.mixup = 0.8
     config.augment.cutmix = 1.0

@@ -1,7 +1,7 @@
-"""Vicinity Vision Transformer in JAX: a backbone whose attention is linear and local in 2D.
+"""Vicinity Vision Transformer in JAX: a vision backbone with linear attention, local in 2D.
 
-Everything public hangs off this package and is imported on first use, so that `import vvt_jax`
-costs nothing and `python -m vvt_jax.convert` runs the module once.
+All public names are attributes of this package. They are imported on first use, so that
+`import vvt_jax` costs nothing and `python -m vvt_jax.convert` runs that module only once.
 """
 
 import importlib
@@ -30,7 +30,7 @@ _SUBMODULES = {
     "train": "vvt_jax.train",
 }
 
-if TYPE_CHECKING:  # what the lazy lookup below resolves to
+if TYPE_CHECKING:  # the names that the lazy lookup below resolves
     from vvt_jax import attention, convert, data, models, train
     from vvt_jax.data.preprocess import preprocess
     from vvt_jax.inference import explain, segment

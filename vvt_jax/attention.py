@@ -1,13 +1,14 @@
-"""Vicinity attention: linear in the number of tokens, local in two dimensions.
+"""Vicinity attention: linear in the number of tokens and local in two dimensions.
 
-Pure functions on `query`, `key`, `value` of shape `[batch, height, width, heads, dim]`. With
-φ = ReLU, the weight of token j for token i is
+The functions are pure and take `query`, `key` and `value` of shape
+`[batch, height, width, heads, dim]`. With φ = ReLU, the weight of token j for token i is
 
     S_ij = ⟨φ(q_i), φ(k_j)⟩ · w_ij,        out_i = Σ_j S_ij v_j / (Σ_j S_ij + 1e-4)
 
-and w_ij, the locality, falls with the distance on the grid. Each locality is a sum of products of
-one position feature of i and one of j (cos(a−b) = cos a cos b + sin a sin b), so that
-Σ_j φ(k_j) p_m(j) v_jᵀ is formed once for all i: O(N·dim²) instead of O(N²·dim).
+where w_ij, the locality, decreases with the distance between the two tokens on the grid. Each
+locality is a sum of products of a position feature of i and one of j (cos(a−b) = cos a cos b +
+sin a sin b), so Σ_j φ(k_j) p_m(j) v_jᵀ is computed once for all i, and the cost is O(N·dim²)
+instead of O(N²·dim).
 
 Source: Sun et al., "Vicinity Vision Transformer", arXiv 2206.10552.
 """
@@ -24,15 +25,15 @@ import numpy as np
 from vvt_jax.models import forms
 
 LOCALITIES = ("sum", "product", "1d", "none")
-_EPSILON = 1e-4  # added to the denominator, so that a query without any match divides by it
-_SMALLEST, _LARGEST = 1e-4, 1e4  # magnitudes that the published clamp lets through
+_EPSILON = 1e-4  # added to the denominator, which is 0 for a query that matches no key
+_SMALLEST, _LARGEST = 1e-4, 1e4  # the range of magnitudes that the published clamp leaves unchanged
 
 
 @jax.custom_vjp
 def clamp_magnitude(x: jax.Array) -> jax.Array:
-    """The published clamp, any shape: |x| is brought into [1e-4, 1e4], zero stays zero.
+    """Clamp |x| to [1e-4, 1e4], keeping the sign, as published; zero stays zero.
 
-    The gradient is zero where it acts.
+    Works on arrays of any shape. The gradient is zero wherever the clamp changes the value.
     """
     return jnp.sign(x) * jnp.clip(jnp.abs(x), _SMALLEST, _LARGEST)
 
@@ -46,11 +47,11 @@ def _clamp_backward(x, cotangent):
     return (jnp.where(inside, cotangent, 0),)
 
 
-clamp_magnitude.defvjp(_clamp_forward, _clamp_backward)  # keeps x alone for the backward pass
+clamp_magnitude.defvjp(_clamp_forward, _clamp_backward)  # saves only x
 
 
 def check_locality(locality: str) -> None:
-    """Raises ValueError for a locality that does not exist."""
+    """Raise ValueError unless `locality` is one of `LOCALITIES`."""
     if locality not in LOCALITIES:
         raise ValueError(f"Unknown locality '{locality}': it is one of {', '.join(LOCALITIES)}.")
 
@@ -64,28 +65,34 @@ def vicinity_attention(
     clamp: bool = True,
     form: str | None = None,
 ) -> jax.Array:
-    """Linear attention with 2D locality; ReLU is applied to query and key here.
+    """Compute linear attention with 2D locality.
 
-    With a = π/2 · row/height and b = π/2 · column/width, the locality w_ij is
-    `"sum"`: cos(a_i − a_j) + cos(b_i − b_j), as published; `"product"`: their product;
-    `"1d"`: cos(π/2 · (n_i − n_j)/N) on the flattened index n; `"none"`: 1.
+    ReLU is applied to query and key inside this function. With a = π/2 · row/height and
+    b = π/2 · column/width, the locality w_ij is
 
-    Sums over tokens, numerator and denominator are float32 whatever the inputs' dtype.
+    - `"sum"`: cos(a_i − a_j) + cos(b_i − b_j), as published;
+    - `"product"`: the product of the two cosines;
+    - `"1d"`: cos(π/2 · (n_i − n_j)/N), where n is the flattened index;
+    - `"none"`: 1.
+
+    Sums over tokens, the numerator and the denominator are float32, whatever the dtype of the
+    inputs.
 
     Args:
-        query: `[batch, height, width, heads, dim]`.
-        key: of the same shape as query.
-        value: `[batch, height, width, heads, value_dim]`.
+        query: the queries, `[batch, height, width, heads, dim]`.
+        key: the keys, of the same shape as `query`.
+        value: the values, `[batch, height, width, heads, value_dim]`.
         locality: one of `LOCALITIES`.
-        clamp: apply the published clamps (see `clamp_magnitude`); published weights need them.
-        form: `"concatenated"` or `"separable"`, equal to rounding; by default what
+        clamp: whether to apply the published clamps (see `clamp_magnitude`), which the published
+            weights need.
+        form: `"concatenated"` or `"separable"`, which agree up to rounding. By default,
             `vvt_jax.models.forms` chooses.
 
     Returns:
-        `[batch, height, width, heads, value_dim]` in the dtype of value.
+        `[batch, height, width, heads, value_dim]` in the dtype of `value`.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown locality or form.
+        ValueError: if the shapes do not match, or the locality or form is unknown.
     """
     _check_shapes(query, key, value)
     check_locality(locality)
@@ -108,14 +115,15 @@ def vicinity_attention_quadratic(
     locality: str = "sum",
     return_weights: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """The definition of vicinity attention, with every weight made: O(N²), for tests and pictures.
+    """Compute vicinity attention from its definition, for tests and figures.
 
-    Args and errors as for `vicinity_attention`, which it equals with `clamp=False`. Computes in
-    float32.
+    Every weight is computed explicitly, in O(N²) and in float32. The arguments and errors are those
+    of `vicinity_attention`, and so is the result, if that is called with `clamp=False`.
 
     Returns:
-        `[batch, height, width, heads, value_dim]` in the dtype of value; with `return_weights` also
-        the weights `[batch, heads, n, n]`, float32, n = height·width, with query i's in row i.
+        `[batch, height, width, heads, value_dim]` in the dtype of `value`. With `return_weights`,
+        also the weights `[batch, heads, n, n]` in float32, where n = height·width and row i holds
+        the weights of query i.
     """
     _check_shapes(query, key, value)
     check_locality(locality)
@@ -131,9 +139,10 @@ def vicinity_attention_quadratic(
 
 
 def softmax_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """Scaled dot-product attention over all tokens of the grid, the published ablation: O(N²).
+    """Compute scaled dot-product attention over all tokens of the grid, the published ablation.
 
-    Shapes and errors as for `vicinity_attention`; the softmax is float32.
+    The cost is O(N²). Shapes and errors are those of `vicinity_attention`; the softmax is computed
+    in float32.
     """
     _check_shapes(query, key, value)
     flat = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (query, key, value))
@@ -141,7 +150,7 @@ def softmax_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax
 
 
 def locality_weights(locality: str, height: int, width: int) -> np.ndarray:
-    """The locality w_ij of every pair of tokens, from its definition: `[n, n]`, float32."""
+    """Return the locality w_ij of every pair of tokens by its definition: `[n, n]`, float32."""
     rows, columns = np.divmod(np.arange(height * width), width)
 
     def cosine_of_distance(position, extent):
@@ -166,21 +175,21 @@ def _check_shapes(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
         )
 
 
-# A position feature p_m of a token factorises over its row and column. One factor writes a group
+# A position feature p_m of a token factorises over its row and column. A factor describes a group
 # of features as p_m(row, column) = Σ_j mix[m, outer, j] · along[inner, j], where the outer axis is
-# the rows, or the columns where `by_column` says so. `along=None` stands for a single 1.
+# the rows, or the columns if `by_column` is set. `along=None` stands for a single 1.
 @dataclasses.dataclass(frozen=True)
 class _Factor:
-    mix: Any  # [features, outer, j], NumPy's or JAX's
+    mix: Any  # [features, outer, j], a NumPy or JAX array
     along: Any | None  # [inner, j]
     by_column: bool = False
 
 
 def _of_grid(make: Callable) -> Callable:
-    """Gives `make(xp, locality, height, width)` the NumPy that the grid's extents need.
+    """Call `make(xp, locality, height, width)` with the NumPy that suits the size of the grid.
 
-    Where they are known, arrays are made once. In an export with symbolic sizes they only are when
-    it runs: jax.numpy makes them, in the program.
+    If the size is known, NumPy makes the arrays, and they are cached. In an export with symbolic
+    sizes it is only known when the program runs, so jax.numpy makes them within the program.
     """
     once = functools.cache(functools.partial(make, np))
 
@@ -195,7 +204,7 @@ def _of_grid(make: Callable) -> Callable:
 
 @_of_grid
 def _factors(xp, locality, height, width) -> tuple[_Factor, ...]:
-    """Position features p of a grid with Σ_m p_m(i) p_m(j) = w_ij, in factors."""
+    """Return a grid's position features p, where Σ_m p_m(i) p_m(j) = w_ij, as factors."""
     a, b = np.pi / 2 * xp.arange(height) / height, np.pi / 2 * xp.arange(width) / width
     by_row = xp.stack([xp.cos(a), xp.sin(a)])  # [2, height]
     by_column = xp.stack([xp.cos(b), xp.sin(b)])  # [2, width]
@@ -217,13 +226,16 @@ def _factors(xp, locality, height, width) -> tuple[_Factor, ...]:
 
 
 def feature_count(locality: str) -> int:
-    """How many position features a locality has: the concatenated form is as many times as wide."""
+    """Return how many position features a locality has.
+
+    The concatenated form makes query and key wider by this factor.
+    """
     return sum(len(factor.mix) for factor in _factors(locality, 1, 1))
 
 
 @_of_grid
 def _position_features(xp, locality, height, width):
-    """The same features written out: `[height, width, features]`, float32."""
+    """Return the position features in full: `[height, width, features]`, float32."""
     features = []
     for factor in _factors(locality, height, width):
         inner = height if factor.by_column else width
@@ -234,7 +246,10 @@ def _position_features(xp, locality, height, width):
 
 
 def _attend_concatenated(query, key, value, locality, keep):
-    """Numerator and denominator by features of `features · dim`, as published, of flat tokens."""
+    """Compute the numerator and denominator, as published, with `features · dim` channels.
+
+    Both are those of the flattened tokens.
+    """
     batch, height, width, heads, _ = query.shape
     positions = _position_features(locality, height, width)
     positions = positions.reshape(height * width, 1, -1, 1)
@@ -243,8 +258,8 @@ def _attend_concatenated(query, key, value, locality, keep):
         return x.reshape(batch, height * width, heads, -1)
 
     def with_positions(x):
-        # Joined, not broadcast and reshaped: a TPU would copy that thrice, 4 GB in 16 for a
-        # forward pass of vvt_tiny at batch 64.
+        # Concatenate rather than broadcast and reshape, which a TPU would copy three times: 4 GB
+        # of its 16 GB for a forward pass of vvt_tiny at batch size 64.
         return jnp.concatenate(
             [flat(x) * positions[:, :, m].astype(x.dtype) for m in range(positions.shape[2])], -1
         )
@@ -258,11 +273,12 @@ def _attend_concatenated(query, key, value, locality, keep):
 
 
 def _attend_separable(query, key, value, locality, keep):
-    """The same by sums along rows and columns: no tensor wider than query, key and value.
+    """Compute the numerator and denominator from sums along rows and columns.
 
-    (`"product"` and `"1d"`, which are not sums of one function of the row and one of the column,
-    need two copies of query and key.) The little matrices per row, or column, are mixed into the
-    very blocks of the concatenated KV, so the clamp acts on the same values.
+    No tensor is wider than query, key and value, except that `"product"` and `"1d"`, which are not
+    the sum of a function of the row and a function of the column, need two copies of query and key.
+    The small matrices of each row or column are mixed into exactly the blocks of the concatenated
+    KV, so the clamp acts on the same values.
     """
     _, height, width, _, _ = query.shape
     numerator, denominator = 0.0, 0.0

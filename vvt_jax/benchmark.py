@@ -1,4 +1,4 @@
-"""What a model costs: counted, compiled, and timed or, for a TPU that is not there, estimated.
+"""Measure what a model costs: counted, compiled, and timed (or estimated, for an absent TPU).
 
     python -m vvt_jax.benchmark --model=vvt_tiny --size=224 --batch=8
     python -m vvt_jax.benchmark --model=vvt_tiny --batch=4 --train
@@ -6,9 +6,9 @@
     python -m vvt_jax.benchmark --batch=64 --train --set dtype=bfloat16 --target=v5e:2x2
     python -m vvt_jax.benchmark --size=4096 --mesh=spatial:8
 
-On a CPU, devices of the mesh that are not there are simulated. Timings are of the very programs
-that evaluation and training run, in turn with a matrix product: the share of its rate says how well
-a program uses the machine, however noisy that is.
+On a CPU, missing devices of the mesh are simulated. Timings are of exactly the programs that
+evaluation and training run. They alternate with a matrix product: the rate relative to that product
+says how well a program uses the machine, however noisy the machine is.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-if __name__ == "__main__":  # before jax is imported, which would be done twice
+if __name__ == "__main__":  # before jax is imported: the restart would import it twice
     from vvt_jax.system.huge_pages import restart_with_huge_pages
 
     restart_with_huge_pages()
@@ -63,7 +63,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command; see the module."""
+    """Run the command that the module docstring describes."""
     flags = _parse(arguments)
     height, width = parse_size(flags.size)
     base = Setting(

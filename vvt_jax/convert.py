@@ -1,15 +1,16 @@
-"""Between the published PyTorch names and shapes and this package's parameters.
+"""Convert weights between the published PyTorch format and this package's parameters.
 
     python -m vvt_jax.convert vvt_small_224.pth folder/
     python -m vvt_jax.convert other.pth folder/ --set 'num_heads=(1,1,2,3)'
     python -m vvt_jax.convert --to-pytorch folder/ vvt_small.pth
 
-Both published forms are read, the bare state dict and the training checkpoint, without PyTorch and
-without running what is in them. The size is told from the shapes; no shape tells the number of
-heads, which other widths than the published ones need --name or --set for.
+Both published forms, the bare state dict and the training checkpoint, are read without PyTorch and
+without executing anything in them. The size of the model is inferred from the shapes. They do not
+determine the number of heads, so widths other than the published ones need --name or --set.
 
-Linear weights are `[out, in]` there and `[in, out]` here, convolutions `[out, in/groups, k, k]`
-there and `[k, k, in/groups, out]` here, and the blocks of a stage are stacked here.
+Linear weights are `[out, in]` in PyTorch and `[in, out]` here; convolution kernels are
+`[out, in/groups, k, k]` in PyTorch and `[k, k, in/groups, out]` here, where the blocks of a stage
+are also stacked.
 """
 
 import argparse

@@ -1,18 +1,19 @@
-"""A model as one file of StableHLO or ONNX that runs without this package: program and weights.
+"""Export a model with its weights as one StableHLO or ONNX file that runs without this package.
 
     python -m vvt_jax.export runs/digits/model --out=digits.jax
     python -m vvt_jax.export vvt_small_224.pth --out=small.jax --size=symbolic --batch=8
     python -m vvt_jax.export runs/digits/model --out=digits.onnx --batch=8
 
-The file takes normalised images `[batch, height, width, 3]`, float32, and gives logits. Beside it
-stands FILE.json with the preprocessing and the class names. To run it, jax is enough:
+The program takes normalised images `[batch, height, width, 3]`, float32, and returns logits.
+FILE.json, next to it, has the preprocessing and the class names. To run it, you only need jax:
 
     import jax.export
     run = jax.export.deserialize(open("digits.jax", "rb").read()).call
     logits = run(images)
 
-jax promises to read such a file for six months after the version that wrote it. A name that ends in
-.onnx makes a file for ONNX runtimes instead (extra `onnx`), for a fixed number of images a call.
+jax guarantees to read such a file for six months after the version that wrote it. If the name ends
+in .onnx, the file is for ONNX runtimes instead (needs the extra `onnx`) and takes a fixed number of
+images per call.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-if __name__ == "__main__":  # before jax is imported, which would be done twice
+if __name__ == "__main__":  # before jax is imported: the restart would import it twice
     from vvt_jax.system.huge_pages import restart_with_huge_pages
 
     restart_with_huge_pages()
@@ -34,7 +35,7 @@ from vvt_jax.system.errors import UserError
 from vvt_jax.weights.pretrained import load_pretrained
 
 SYMBOLIC = "symbolic"
-_MOST = 2**14  # images a call, pixels a side
+_MOST = 2**14  # upper limit of images per call, and of pixels per side
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -82,7 +83,7 @@ def _check_out(out: Path, force: bool) -> None:
 
 
 def _size(text: str | None) -> tuple[int, int] | None:
-    """Height and width; None where they are symbolic."""
+    """Return the height and width, or None if they are symbolic or not given."""
     if text is None or text == SYMBOLIC:
         return None
     match = re.fullmatch(r"([0-9]{1,5})(?:x([0-9]{1,5}))?", text)
@@ -108,7 +109,7 @@ def _platforms(text: str | None) -> Sequence[str]:
 
 
 def _batch(text: str | None) -> int | None:
-    """Images a call; None where their number is symbolic."""
+    """Return the number of images per call, or None if it is symbolic or not given."""
     if text is None or text == SYMBOLIC:
         return None
     if not re.fullmatch("[0-9]{1,5}", text) or not 1 <= int(text) <= _MOST:

@@ -1,9 +1,9 @@
-"""Trains, resumes or evaluates what a config describes.
+"""Train, resume or evaluate the run that a config describes.
 
 python -m vvt_jax.main --config=configs/digits.py --workdir=runs/digits [--config.field=value ...]
 
-Exit status: 0 on success; 1 for what only the user can mend, 70 for any other error, which may not
-come again; 128 + N after signal N, with the run saved.
+Exit status: 0 on success; 1 for an error that only the user can fix; 70 for any other error, which
+may not occur again; 128 + N after signal N, once the run has been saved.
 """
 
 import functools
@@ -11,7 +11,7 @@ import signal
 import sys
 import traceback
 
-if __name__ == "__main__":  # before jax is imported, which would be done twice
+if __name__ == "__main__":  # before jax is imported: the restart would import it twice
     from vvt_jax.system.huge_pages import restart_with_huge_pages
 
     restart_with_huge_pages()
@@ -34,7 +34,8 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(argv: list[str]) -> None:
-    from vvt_jax.distributed import failure, hosts, sharding  # after --help and flag errors
+    # Imported late, to keep --help and flag errors fast
+    from vvt_jax.distributed import failure, hosts, sharding
     from vvt_jax.train import Interrupted, train_and_evaluate
 
     sharding.give_simulated_devices_time()
@@ -45,10 +46,10 @@ def main(argv: list[str]) -> None:
         train_and_evaluate(_CONFIG.value, str(_WORKDIR.value), flagged=flagged)
         failure.finish()
     except hosts.IncompleteGroupError as error:
-        failure.end(str(error), CRASH)  # the others may come the next time
+        failure.end(str(error), CRASH)  # the missing processes may be there the next time
     except UserError as error:
-        # After a full disk, what libraries write when Python exits would fail once more, with
-        # tracebacks. Everything that could be saved has been.
+        # After a full disk, what libraries write as Python exits would fail again, with tracebacks.
+        # Everything that could be saved has been saved.
         at_once = isinstance(error, UnwrittenError)
         failure.end(str(error), USER_ERROR, at_once=at_once)
     except Interrupted as interrupted:
@@ -56,7 +57,7 @@ def main(argv: list[str]) -> None:
         failure.finish()
         sys.exit(interrupted.exit_status)
     except Exception as error:
-        if not failure.has_happened():  # in another process, which this error then follows from
+        if not failure.has_happened():  # in another process, which then caused this error
             traceback.print_exc()
         reason = (str(error).strip().splitlines() or ["it gives no reason"])[0]
         failure.end(str(UserError(f"{type(error).__name__}: {reason}")), CRASH)

@@ -1,15 +1,16 @@
-"""Classes of images, or of their pixels, from a model folder or published weights.
+"""Predict the classes of images or of their pixels, with a model folder or published weights.
 
     python -m vvt_jax.predict --model=runs/digits/model image.png more/ 'photos/*.jpg'
     find photos -name '*.jpg' | python -m vvt_jax.predict --model=FOLDER --format=csv -
     python -m vvt_jax.predict --model=SEGMENTER --masks=masks photos/
 
-A segmenter's answer is the classes with the largest shares of an image's pixels; --masks=DIR writes
-the class of every pixel, as a coloured overlay and as a mask of class numbers.
+For a segmenter, the output is the classes that cover the largest shares of an image's pixels;
+--masks=DIR writes the class of every pixel, as a coloured overlay and as a mask of class numbers.
 
-Images are files (JPEG, PNG, WebP, BMP, TIFF, GIF, PPM, AVIF, JPEG 2000), folders (with all below
-them), patterns, or - for a list on standard input, a path a line. One that can't be used is told on
-standard error and the others go on; the exit status is then 1.
+Images are files (JPEG, PNG, WebP, BMP, TIFF, GIF, PPM, AVIF, JPEG 2000), folders (searched
+recursively), patterns, or - for a list on standard input with one path per line. An image that
+can't be used is reported on standard error and the others are still processed; the exit status is
+then 1.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if __name__ == "__main__":  # before jax is imported, which would be done twice
+if __name__ == "__main__":  # before jax is imported: the restart would import it twice
     from vvt_jax.system.huge_pages import restart_with_huge_pages
 
     restart_with_huge_pages()
@@ -44,10 +45,11 @@ if TYPE_CHECKING:
 
 
 def read_labels(path: str | os.PathLike) -> list[str]:
-    """Class names from a text file, one a line in the order of the labels.
+    """Read class names from a text file, one per line in the order of the labels.
 
     Raises:
-        UserError: a file that can't be read, is empty, or is not text.
+        UserError: the file can't be read, is empty, is not UTF-8 text, or has a line that is not a
+            name.
     """
     try:
         text = storage.read_text(path, SizeLimit.LABELS)
@@ -68,14 +70,14 @@ def read_labels(path: str | os.PathLike) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class _Found:
-    """An image file, and its name below the argument that led to it."""
+    """An image file, and its path relative to the argument that led to it."""
 
     path: str
     name: str
 
 
 def find_images(arguments: Iterable[str], complain: Callable[[str], None]) -> Iterator[_Found]:
-    """The image files that arguments of the command mean; what means none is complained about."""
+    """Yield the image files that the arguments name, with a complaint for each that names none."""
     for argument in arguments:
         if argument == "-":
             lines = (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer)
@@ -112,18 +114,21 @@ def _below(root: str, complain: Callable[[str], None]) -> Iterator[_Found]:
 
 
 class Pictures:
-    """Where pictures go: into a folder, under the images' own names and an ending for each kind.
+    """Output pictures in a folder, named after their images with one ending per kind of picture.
 
-    Images of a folder keep their sub-folders; of images with the same name, the second becomes
-    `NAME-2.png`.
+    Images from a folder keep their sub-folders; if two images have the same name, the second
+    becomes `NAME-2.png`.
 
     Args:
-        flag: that the folder was given with.
-        endings: of the kinds of picture that each image gets.
+        flag: the command-line flag that gave the folder, for error messages.
+        root: the folder, which is created if it is missing.
+        found: the images that get pictures.
+        endings: the file name endings, one for each kind of picture that an image gets.
+        force: replace files that exist.
 
     Raises:
-        UserError: something to be written is there already and `force` is not given, or is an
-            image that is to be read, or the folder can't be made.
+        UserError: a file to be written exists and `force` is not set, or is one of the images to be
+            read, or the folder can't be created.
     """
 
     def __init__(
@@ -161,7 +166,7 @@ class Pictures:
             raise UserError(f"{path} exists: give --force to replace it, or another {self._flag}.")
 
     def write(self, image: str, *pictures: PIL.Image.Image) -> None:
-        """Of one image, a picture for each ending; a file is whole or not there."""
+        """Write the pictures of one image, one per ending; each file is complete or absent."""
         for path, picture in zip(self._paths[image], pictures, strict=True):
             self._write(path, picture)
 
@@ -172,7 +177,7 @@ class Pictures:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(content.getvalue())
-            if path not in self._written:  # an image may be named twice
+            if path not in self._written:  # the same image may be listed twice
                 self._check(path)
             temporary.replace(path)
             self._written.add(path)
@@ -227,16 +232,15 @@ def _predict(options: argparse.Namespace, complain: Callable[[str], None]) -> No
         found = list(found)  # a list on standard input may have no end
         if not found:
             return
-        # A power of two, so that there are few programs for jax's cache of compiled ones
+        # A power of two, to limit the number of programs in jax's compilation cache
         options.batch = min(options.batch, 1 << (len(found) - 1).bit_length())
         if options.heatmap is not None:
             pictures = Pictures("--heatmap", options.heatmap, found, [".png"], force=options.force)
         if options.masks is not None:
             endings = (".overlay.png", ".mask.png")
             pictures = Pictures("--masks", options.masks, found, endings, force=options.force)
-    from vvt_jax.inference import (
-        explain,  # after all that a glance can tell, since it takes seconds
-    )
+    # These imports take seconds, so they come after the quick checks
+    from vvt_jax.inference import explain
     from vvt_jax.inference.predictor import Predictor
     from vvt_jax.models import Segmenter
 
@@ -248,7 +252,7 @@ def _predict(options: argparse.Namespace, complain: Callable[[str], None]) -> No
         )
     except UserError:
         raise
-    except ValueError as error:  # a model's name or fields
+    except ValueError as error:  # a wrong model name or field
         raise UserError(str(error)) from error
     paths = (image.path for image in found)
     if not isinstance(predictor.model, Segmenter):
@@ -339,7 +343,7 @@ def _areas(classes: np.ndarray, predictor: "Predictor", top: int) -> Areas:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command; see the module."""
+    """Run the command that the module docstring describes."""
     options = _parse(arguments)
     complaints = 0
 
@@ -349,15 +353,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"error: {escaped(sentence)}", file=sys.stderr, flush=True)
 
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # names of files come out as they went in
-    warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # the error comes at twice
+        sys.stdout.reconfigure(errors="surrogateescape")  # file names are printed byte for byte
+    # Only the warning: Pillow raises an error at twice that size
+    warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
     try:
         _predict(options, complain)
     except UserError as error:
         complain(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # whoever reads has had enough
+    except BrokenPipeError:  # the reader of our output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(1 if complaints else 0)
 

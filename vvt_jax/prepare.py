@@ -1,4 +1,4 @@
-"""Makes a TensorFlow Datasets data set into array_record, which the loader reads at random.
+"""Prepare a TensorFlow Datasets data set as array_record, which has random access.
 
     python -m vvt_jax.prepare fashion_mnist
     python -m vvt_jax.prepare imagenet2012 --manual_dir=FOLDER_OF_THE_TARS
@@ -6,8 +6,9 @@
     python -m vvt_jax.prepare NAME --from_tfrecord=FOLDER
     python -m vvt_jax.prepare cifar100 --download
 
-ImageNet's archives and TFRecord copies are written shard by shard: stopped at any moment, the same
-command goes on after the last whole shard. Data sets that tfds's builders make start again.
+ImageNet's archives and TFRecord copies are written shard by shard: if the command is stopped at any
+point, running it again continues after the last complete shard. Data sets that tfds's own builders
+prepare start from the beginning.
 """
 
 import argparse
@@ -26,12 +27,12 @@ from vvt_jax.system import storage
 from vvt_jax.system.command_line import ending_in_a_sentence
 from vvt_jax.system.errors import UserError
 
-_SHARD_BYTES = 2**27  # of the examples in one file
+_SHARD_BYTES = 2**27  # of examples per file, roughly
 
 
 @dataclasses.dataclass(frozen=True)
 class _Split:
-    """Serialised examples of a split, by number, and about how many bytes they are."""
+    """The serialised examples of a split, by index, and their approximate total size in bytes."""
 
     name: str
     examples: int
@@ -70,17 +71,20 @@ def prepare(
     from_tfrecord: str | None = None,
     download: bool = False,
 ) -> Path:
-    """Writes a data set as array_record and returns its folder; one that is there is left alone.
+    """Write a data set as array_record, unless it exists already, and return its folder.
 
     Args:
-        name: `"fashion_mnist"`, `"imagenet2012"` (from its archives), or any of tfds's.
-        data_dir: where it goes, into `NAME/VERSION`; None: tfds's own place.
-        manual_dir: ImageNet's archives, the four files of Fashion-MNIST, or ADE20K's archive.
-        from_tfrecord: the `data_dir` of a copy in TFRecord, of any data set.
-        download: tfds's builder may use the network.
+        name: `"fashion_mnist"`, `"ade20k"` or `"imagenet2012"` (from their original files), or the
+            name of any tfds data set.
+        data_dir: folder in which `NAME/VERSION` is created; None: tfds's default folder.
+        manual_dir: folder with ImageNet's archives, the four files of Fashion-MNIST, or ADE20K's
+            archive.
+        from_tfrecord: `data_dir` of an existing TFRecord copy, of any data set.
+        download: whether tfds's builder may use the network.
 
     Raises:
-        UserError: a source that is missing or damaged, or too little space, in one sentence.
+        UserError: a source is missing or damaged, or there is too little disk space; the message is
+            one sentence.
     """
     import tensorflow_datasets as tfds
 
@@ -119,7 +123,7 @@ def _fashion_mnist(root: Path, manual_dir: str | None) -> Path:
     given = Path(manual_dir).expanduser() if manual_dir else fashion_mnist.PACKAGED
     for names in fashion_mnist.FILES.values():
         for file in names:
-            fashion_mnist.read_idx(given, file)  # what is wrong is said before anything is written
+            fashion_mnist.read_idx(given, file)  # reports errors before anything is written
     return _run_builder(
         lambda: fashion_mnist.FashionMnist(
             manual_dir=given, data_dir=os.fspath(root), file_format="array_record"
@@ -167,7 +171,7 @@ def _run_builder(make: Callable[[], Any]) -> Path:
             f"tfds's builder needs a package that is not installed ({error}): install it, such as "
             "tensorflow-cpu."
         ) from error
-    except Exception as error:  # builders raise whatever their data brings about
+    except Exception as error:  # builders raise errors of any type
         reason = str(error).strip().partition("\n")[0][:200].rstrip(".")
         raise DataError(f"tfds could not prepare it ({type(error).__name__}: {reason}).") from error
     return Path(builder.data_dir)
@@ -187,7 +191,7 @@ def _imagenet(root: Path, archives: Path) -> Path:
     def split(name: str, images: ilsvrc2012.Images) -> _Split:
         def get(index: int) -> bytes:
             example = serializer.get_tf_example(features.encode_example(images[index]))
-            # By default the order of the fields differs from process to process
+            # By default, the order of the fields differs between processes
             return example.SerializeToString(deterministic=True)
 
         return _Split(name, len(images), images.num_bytes, get)
@@ -223,10 +227,10 @@ def _from_tfrecord(name: str, root: Path, given: Path) -> Path:
 
 
 def _write(folder: Path, name: str, splits: list[_Split], features: Any, description: str) -> Path:
-    """Writes the shards that are not there yet, then the metadata, then gives it its name.
+    """Write the shards that are still missing, then the metadata, then rename the folder.
 
-    Shards appear under their names when they are whole, and the folder when all of it is: what a
-    kill leaves behind is never taken for data.
+    A shard gets its name once it is complete, and so does the folder: whatever a killed process
+    leaves behind is never mistaken for data.
     """
     import tensorflow_datasets as tfds
 
@@ -292,9 +296,9 @@ def _write_shard(path: Path, records: Any, bar: tqdm) -> None:
         writer.close()
     except UserError:
         raise
-    except Exception as error:  # the writer's own are of many kinds, and seldom say what is wrong
+    except Exception as error:  # the writer raises many types, which seldom say what is wrong
         raise _failed(path, written, error) from error
-    if temporary.stat().st_size < written // 2:  # it does not tell of every failed write
+    if temporary.stat().st_size < written // 2:  # the writer does not report every failed write
         raise _failed(path, written, None)
     temporary.replace(path)
 

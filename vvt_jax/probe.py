@@ -1,9 +1,10 @@
-"""How good a model's features are: a linear probe and k nearest neighbours on a data set.
+"""Measure the quality of a model's features with a linear probe and k nearest neighbours.
 
     python -m vvt_jax.probe --model=runs/digits/model --config=configs/digits.py [--json=FILE]
 
-Both learn from the pooled features of `config.data.train_split` and are measured on `test_split`,
-or on `validation_split` where there is no test split. Images are prepared as the model's card says.
+Both are fitted to the pooled features of `config.data.train_split` and evaluated on `test_split`,
+or on `validation_split` if there is no test split. Images are preprocessed as the model's card
+says.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # before jax is imported, which would be done twice
+if __name__ == "__main__":  # before jax is imported: the restart would import it twice
     from vvt_jax.system.huge_pages import restart_with_huge_pages
 
     restart_with_huge_pages()
@@ -30,29 +31,29 @@ from vvt_jax.training.config_flags import parse_flags
 from vvt_jax.training.configuration import ConfigError
 
 NEIGHBOURS = 20
-_TEMPERATURE = 0.07  # of the neighbours' weights
-_ITERATIONS = 1000  # of the linear probe's solver, at most
+_TEMPERATURE = 0.07  # scales the similarities in the neighbours' weights
+_ITERATIONS = 1000  # most iterations of the linear probe's solver
 
 
 def probe(
     train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray]
 ) -> dict[str, Any]:
-    """Top-1 accuracies of two simple classifiers on fixed features.
+    """Return the top-1 accuracies of two simple classifiers on fixed features.
 
-    `linear`: logistic regression (L2, C = 1) on standardised features. `knn`: votes of the 20
-    nearest training examples (fewer where there are fewer) by cosine similarity s, each with
-    exp(s / 0.07), as Wu et al., arXiv 1805.01978.
+    `linear` is logistic regression (L2, C = 1) on standardised features. `knn` is a vote of the 20
+    nearest training examples (or of all, if there are fewer) by cosine similarity s, each weighted
+    by exp(s / 0.07), as in Wu et al., arXiv 1805.01978.
 
     Args:
-        train: features `[examples, channels]` and labels `[examples]`.
-        test: of other examples.
+        train: features `[examples, channels]` and labels `[examples]` to fit the classifiers to.
+        test: the same for the examples to evaluate on.
 
     Returns:
-        `linear` and `knn`, fractions; `neighbours`, `train_examples`, `test_examples` and
-        `channels`; `converged`, whether the regression's solver did.
+        The accuracies `linear` and `knn` as fractions; the numbers `neighbours`, `train_examples`,
+        `test_examples` and `channels`; and `converged`, whether the regression's solver converged.
 
     Raises:
-        UserError: training examples of a single class, or features that are not finite.
+        UserError: all training examples are of one class, or features are not finite.
     """
     import warnings
 
@@ -88,12 +89,15 @@ def probe(
 
 
 def pooled_features(predictor: Any, source: Any, data: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
-    """Features `[examples, channels]`, float32, and labels `[examples]` of a source.
+    """Return the features `[examples, channels]`, float32, and labels `[examples]` of a source.
 
     Args:
-        predictor: a `Predictor`.
-        source: a `Source`.
-        data: `config.data`, for its workers and threads.
+        predictor: a `Predictor`, which computes the features.
+        source: a `Source`, which has the examples.
+        data: `config.data`, for its numbers of workers and threads.
+
+    Raises:
+        DataError: an image of the source can't be decoded.
     """
     from vvt_jax.data.examples import DataError
     from vvt_jax.data.loader import eval_batches, why_broken, without_flags
@@ -119,10 +123,11 @@ def pooled_features(predictor: Any, source: Any, data: ConfigDict) -> tuple[np.n
 
 
 def run(model: str, config: ConfigDict, name: str | None = None) -> dict[str, Any]:
-    """`probe` of a model folder, or published weights, on a config's data set.
+    """Probe a model folder or published weights on the data set of a config; see `probe`.
 
     Raises:
-        UserError: as by `Predictor` and `open_source`; a config without a split to measure on.
+        UserError: an error of `Predictor`, `open_source` or `probe`, or a config without a training
+            split or a split to evaluate on.
     """
     from vvt_jax.data.sources import open_source
     from vvt_jax.inference.predictor import Predictor
@@ -141,7 +146,7 @@ def run(model: str, config: ConfigDict, name: str | None = None) -> dict[str, An
         predictor = Predictor(model, name, batch_size=config.batch_size)
     except UserError:
         raise
-    except ValueError as error:  # a model's name
+    except ValueError as error:  # a wrong model name
         raise UserError(str(error)) from error
     parts = [pooled_features(predictor, source, data) for source in (train, test)]
     told = {"model": model, "source": data.source, "train": train.split, "test": test.split}
@@ -149,7 +154,7 @@ def run(model: str, config: ConfigDict, name: str | None = None) -> dict[str, An
 
 
 def describe(result: Mapping[str, Any]) -> str:
-    """A result in a line."""
+    """Return a result as one line of text."""
     return (
         f"linear probe {result['linear']:.2%}{'' if result['converged'] else ' (not converged)'}, "
         f"{result['neighbours']}-nearest neighbours {result['knn']:.2%}: top-1 on "

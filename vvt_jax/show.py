@@ -1,4 +1,4 @@
-"""A contact sheet of what the model sees in training, after everything that augments it.
+"""Draw a contact sheet of the images that the model sees in training, after all augmentation.
 
 python -m vvt_jax.data.show --config=configs/digits.py --out=sheet.png [--step=1] [--images=64]
 """
@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # before jax is imported, which would be done twice
+if __name__ == "__main__":  # before jax is imported: the restart would import it twice
     from vvt_jax.system.huge_pages import restart_with_huge_pages
 
     restart_with_huge_pages()
@@ -28,21 +28,21 @@ from vvt_jax.training.configuration import ConfigError
 def training_batch(
     config: ConfigDict, step: int, flagged: Collection[str] = ()
 ) -> tuple[np.ndarray, np.ndarray, Sequence[str]]:
-    """What the model sees at a step of training.
+    """Return the batch that the model sees at one step of training.
 
     Args:
-        config: of a new run.
-        step: counted from 1.
-        flagged: fields that were set on the command line.
+        config: the config of a new run.
+        step: the step, counted from 1.
+        flagged: the fields that were set on the command line.
 
     Returns:
-        uint8 images `[batch, height, width, 3]`, targets `[batch, classes]` (of segmentation: uint8
-        masks `[batch, height, width]`) and the classes' names.
+        uint8 images `[batch, height, width, 3]`, targets `[batch, classes]` (for segmentation,
+        uint8 masks `[batch, height, width]`) and the names of the classes.
 
     Raises:
         UserError: the config or its data is unsuitable.
     """
-    import jax  # after --help
+    import jax  # imported late, to keep --help fast
 
     from vvt_jax.training import configuration, mixing
     from vvt_jax.training.plan import make_plan, open_sources, see_batch

@@ -1,4 +1,4 @@
-"""A run: from a config to checkpoints, metrics and a model folder."""
+"""A training or evaluation run: from a config to checkpoints, metrics and a model folder."""
 
 import contextlib
 import os
@@ -32,29 +32,30 @@ __all__ = ["Interrupted", "NonFiniteLossError", "train_and_evaluate"]
 def train_and_evaluate(
     config: ConfigDict, workdir: str | os.PathLike, *, flagged: Collection[str] = ()
 ) -> dict[str, float]:
-    """Trains as the config says, or resumes from the workdir, and evaluates.
+    """Train and evaluate a model as the config specifies, resuming from the workdir if possible.
 
-    The workdir gets `config.json`, `record.json` and `examples/` (what the run was made from, see
-    `vvt_jax.training.run_record`), `layout.txt` (what each device holds), `checkpoints/`,
-    `metrics.jsonl`, TensorBoard files and, from the first evaluation on, `model/`: a
-    `save_pretrained` folder of the weights with the highest validation top-1 (or mIoU) so far (the
-    averaged ones where `optimizer.ema_decay` is set; the last ones where there is no validation
-    split).
+    The following are written to the workdir: `config.json`, `record.json` and `examples/` (what
+    the run was made from, see `vvt_jax.training.run_record`), `layout.txt` (what each device
+    holds), `checkpoints/`, `metrics.jsonl`, TensorBoard files and, from the first evaluation on,
+    `model/`. The latter is a `save_pretrained` folder with the weights that have reached the
+    highest validation top-1 accuracy (or mIoU) so far; these are the averaged weights if
+    `optimizer.ema_decay` is set. Without a validation split, it holds the latest weights.
 
     Args:
-        config: see `configs/common.py`.
-        workdir: the run's folder, or a `gs://` address; rerun with the same one to resume. For how
-            object stores differ, see `vvt_jax.system.storage`; TensorBoard files need a folder.
-        flagged: fields, such as `data.size`, that were set on the command line. They override what
-            a run or a model recorded, which overrides the rest of the config.
+        config: the configuration of the run, see `configs/common.py`.
+        workdir: the run's folder, or a `gs://` address. Run again with the same workdir to resume.
+            For how object stores differ, see `vvt_jax.system.storage`; TensorBoard files need a
+            local folder.
+        flagged: the fields, such as `data.size`, that were set on the command line. They override
+            what a run or a model recorded, which in turn overrides the rest of the config.
 
     Returns:
-        The last evaluation's measurements, as in `metrics.jsonl`.
+        The measurements of the last evaluation, as in `metrics.jsonl`.
 
     Raises:
-        UserError: a config, data set, checkpoint or loss that can't be used; the message is one
+        UserError: the config, data set, checkpoint or loss can't be used; the message is one
             sentence.
-        Interrupted: SIGTERM or Ctrl-C came; the run was saved.
+        Interrupted: the run was stopped by SIGTERM or Ctrl-C, and its state was saved.
     """
     workdir = storage.locate(workdir)
     check_folder(workdir / "checkpoints")
@@ -95,8 +96,8 @@ def _train(
                 state, new_notes = programs.start_from(made.read_start(), state)
                 notes += new_notes
         start = step = int(state.step)
-        train_step = programs.compile_train_step()  # before the clock starts
-        if hosts.is_first():  # nothing has to be undone where the run could not start
+        train_step = programs.compile_train_step()  # so that compiling isn't timed
+        if hosts.is_first():  # only now, so that a run that can't start leaves nothing behind
             made.write(workdir, plan.preprocessing, plan.sources)
         make_reporter = Reporter if hosts.is_first() else SilentReporter
         reporter = stack.enter_context(make_reporter(workdir, start_step=step, total_steps=total))
@@ -149,7 +150,7 @@ def _train(
             programs.check_finite(state)
             milestones.save(state)
             readback.name_broken()
-    if interruption.signum:  # also one that came while the last checkpoint was being written
+    if interruption.signum:  # the signal may also have come during the last checkpoint's saving
         raise Interrupted(interruption.signum, step)
     return milestones.latest
 

@@ -21,10 +21,9 @@ from vvt_jax.system import storage
 RESULTS = Path(__file__).parent / "results.json"
 DEVICES = 8
 TOLERANCE = 1e-4  # of an array's norm; XLA's fault is a factor of 2 or more
-# Of the largest array's norm: smaller gradients are what is left when larger ones cancel, such as
-# those before a normalisation of few values, and are mostly rounding. A factor of 2 in an array of
-# a millionth of the largest norm would still be found.
-_LEAST_NORM = 1e-2
+# How often the difference that rounding makes on one device is allowed. It is large where gradients
+# are what is left when larger ones cancel, as before a batch normalisation of two values.
+_ROUNDINGS = 3
 _WIDTH = 32  # pixels
 _CLASSES = 5
 
@@ -166,6 +165,31 @@ def _options() -> dict[str, Any]:
     return {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
+def _differences(expected: Any, actual: Any) -> dict[str, float]:
+    """By the name of each array, the norm of its difference as a part of its own norm."""
+    import jax
+    import numpy as np
+
+    least = 1e-4 * max(np.linalg.norm(x) for x in jax.tree.leaves(expected))
+    pairs = zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(actual), strict=True)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): float(
+            np.linalg.norm(a - b) / max(np.linalg.norm(a), least)
+        )
+        for (path, a), b in pairs
+    }
+
+
+@functools.lru_cache(maxsize=1)
+def _rounding(head: str, height: int, batch: int) -> dict[str, float]:
+    """The same between two programs of one device, with and without XLA's optimisations."""
+    import jax
+
+    variables, arrays, (_, expected) = _problem(head, height, batch)
+    _, other = jax.device_get(jax.jit(_gradients(head, 1))(variables, arrays))
+    return _differences(expected, other)
+
+
 def compare(case: Case) -> dict[str, Any]:
     """How far the gradients of a case are from those of one device."""
     import jax
@@ -191,22 +215,18 @@ def compare(case: Case) -> dict[str, Any]:
             .compile()
         )
     other_loss, actual = jax.device_get(program(jax.device_put(variables, layout), batch))
-    least = _LEAST_NORM * max(np.linalg.norm(x) for x in jax.tree.leaves(expected))
-    far = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): float(
-            np.linalg.norm(a - b) / max(np.linalg.norm(a), least)
-        )
-        for (path, a), b in zip(
-            jax.tree.leaves_with_path(expected), jax.tree.leaves(actual), strict=True
-        )
-    }
-    wrong = [name for name, value in far.items() if not value <= TOLERANCE]
+    far = _differences(expected, actual)
+    suspects = [name for name, value in far.items() if not value <= TOLERANCE]
+    rounding = _rounding(case.head, case.height, case.batch) if suspects else {}
+    wrong = [name for name in suspects if not far[name] <= _ROUNDINGS * rounding[name]]
     kinds = [collective.kind for collective in hlo.collectives(program.as_text())]
     return {
         "loss": abs(float(other_loss) / float(loss) - 1),
         "largest_difference": max(far.values()),
         "arrays": len(far),
         "wrong": wrong,
+        "explained_by_rounding": len(suspects) - len(wrong),
+        "rounding_on_one_device": max((rounding[name] for name in suspects), default=None),
         "collectives": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
         "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
         "seconds": round(time.perf_counter() - start, 1),

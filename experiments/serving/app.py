@@ -106,7 +106,7 @@ def create_app(
 
     async def predict(request: Request) -> Response:
         body = await receive(request)
-        is_large = _is_large(body)
+        is_large = await run_in_threadpool(_is_large, body)
         # Only now, so that uploads that never end lock nobody out
         if waiting[is_large] >= MOST_WAITING[is_large]:
             raise HTTPException(503, _BUSY)

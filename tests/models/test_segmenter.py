@@ -135,6 +135,7 @@ def test_multiply_adds_are_those_printed_within_two_percent(name, head):
     ("fields", "told"),
     [
         ({"head": "unet"}, "head='unet' does not fit"),
+        ({"num_classes": 256}, "num_classes=256 does not fit"),
         ({"num_classes": 0}, "at least one class"),
         ({"dropout": 1.0}, "dropout=1.0 does not fit"),
         ({"depth": 3}, "did you mean 'depths'"),

@@ -187,6 +187,15 @@ def test_an_evaluation_needs_no_training_images(copied):
         opened_splits(config)
 
 
+def test_an_evaluation_looks_at_whole_images_as_the_run_did(copied):
+    root, config = copied
+    config.mode = "eval"
+    config.inference.scales = (0.5, 1.0)
+    assert list(Provenance(config, root / "run", ()).config.inference.scales) == [1.0]
+    flagged = Provenance(config, root / "run", ("inference.scales",))
+    assert list(flagged.config.inference.scales) == [0.5, 1.0]
+
+
 @pytest.mark.parametrize("place", ["run", "run/model"])
 def test_evaluating_weights_compares_the_names_of_their_classes(copied, place):
     """Before, a workdir with as many classes of other names gave 0 %."""

@@ -1,1 +1,1 @@
-"""What a model costs: operations, parameters and memory, counted or read from compiled programs."""
+"""The cost of a model: operations, parameters and memory, counted or read from its program."""

@@ -1,4 +1,4 @@
-"""What a compiled program does, read off its text: the collectives and their bytes."""
+"""The collective operations of a compiled program and their sizes, parsed from its text."""
 
 import dataclasses
 import math
@@ -18,9 +18,9 @@ class Collective:
     """One collective operation of a program.
 
     Attributes:
-        kind: e.g. `all-reduce`.
-        shapes: of its results on one device.
-        bytes: of its results on one device.
+        kind: the name of the operation, e.g. `all-reduce`.
+        shapes: the shapes of its results on one device.
+        bytes: the size of its results on one device, in bytes.
     """
 
     kind: str
@@ -29,10 +29,11 @@ class Collective:
 
 
 def collectives(text: str) -> list[Collective]:
-    """The collectives in `compiled.as_text()`, each as often as it stands there (once in a loop).
+    """Return every occurrence of a collective in `compiled.as_text()` (in a loop, only one).
 
-    An asynchronous one is counted at its start, whose result repeats its operands: only the last
-    half of a start's arrays is taken.
+    An asynchronous collective is counted at its start, whose result includes its operands: only the
+    second half of the arrays of a start is counted, except for all-reduce, which does not repeat
+    them.
     """
     found = []
     for line in text.splitlines():

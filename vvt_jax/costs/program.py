@@ -1,4 +1,4 @@
-"""A model's program, compiled and timed as evaluation and training run it."""
+"""A program of a model, compiled and timed exactly as evaluation and training run it."""
 
 import ast
 import dataclasses
@@ -22,10 +22,10 @@ from vvt_jax.training import mixing
 from vvt_jax.training.optimizer import make_optimizer
 from vvt_jax.training.step import init_state, make_train_step
 
-_MATMUL = 2048  # side of the matrices whose product is the yardstick
+_MATMUL = 2048  # side of the square matrices whose product is the yardstick
 _LEAST_ROUNDS = 5
 _GIB = 2**30
-# Memory of one device, by the name that the compiler gives its kind.
+# Memory of one device in bytes, by the compiler's name for its kind.
 _CHIP_BYTES = {
     "TPU v3": 16 * _GIB,
     "TPU v4": 32 * _GIB,
@@ -46,14 +46,15 @@ class Setting:
     """What is measured.
 
     Attributes:
-        model: a name in `list_models()`.
-        height: of the images, pixels.
-        width: of the images, pixels.
-        batch: images a call, over all devices.
-        train: a training step (AdamW), or else a forward pass.
-        fields: of the model, that differ from the named one's.
-        forms: of operations, that differ from the platform's own; see `vvt_jax.models.forms`.
-        mesh: devices along each axis; see `sharding.make_mesh`.
+        model: the name of the model, from `list_models()`.
+        height: height of the images, in pixels.
+        width: width of the images, in pixels.
+        batch: the number of images per call, over all devices.
+        train: whether to run a training step (AdamW) instead of a forward pass.
+        fields: the model fields that differ from those of the named model.
+        forms: the forms of operations that differ from the platform's default; see
+            `vvt_jax.models.forms`.
+        mesh: the number of devices along each axis; see `sharding.make_mesh`.
     """
 
     model: str = "vvt_tiny"
@@ -66,11 +67,13 @@ class Setting:
     mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def changed(self, text: str) -> "Setting":
-        """The setting after `"name=value name=value ..."`: its own fields, the model's, or forms
-        (`form.depthwise`, `form.attention`).
+        """Return the setting with the changes `"name=value name=value ..."` applied.
+
+        The names are fields of the setting, fields of the model, or forms (`form.depthwise`,
+        `form.attention`).
 
         Raises:
-            UserError: something else.
+            UserError: a part of the text is malformed.
         """
         setting = self
         for part in text.split():
@@ -101,7 +104,11 @@ class Setting:
         return setting
 
     def make_model(self) -> VVT:
-        """Raises UserError for a model or field that does not exist or fit."""
+        """Create the model of the setting.
+
+        Raises:
+            UserError: the model or a field does not exist, or a value does not fit.
+        """
         try:
             return create_model(self.model, **self.fields)
         except ValueError as error:
@@ -113,7 +120,7 @@ class Program:
 
     Args:
         setting: what to compile.
-        devices: to compile for, by default those that jax sees; they need not exist.
+        devices: the devices to compile for, which need not exist; by default those that jax sees.
     """
 
     def __init__(self, setting: Setting, devices: Sequence[jax.Device] | None = None):
@@ -197,29 +204,29 @@ class Program:
         return compiled, make_run
 
     def make_run(self) -> Callable[[], Any]:
-        """A call that runs the program once and waits for it; needs the devices."""
+        """Return a function that runs the program once and waits for it; the devices must exist."""
         return self._make_run()
 
     @functools.cached_property
     def chosen_forms(self) -> forms.Forms:
-        """The forms that the program was compiled with."""
+        """The forms of operations that the program was compiled with."""
         place = sharding.compiling_for(self._mesh)
         with place, forms.use(**self.setting.forms) as chosen:
             return chosen
 
     @functools.cached_property
     def layers(self) -> list[counting.LayerCost]:
-        """The forward cost of each layer on one image."""
+        """The cost of each layer in the forward pass on one image."""
         with forms.use(**dataclasses.asdict(self.chosen_forms)):
             return counting.count(self.model, self.setting.height, self.setting.width)
 
     @property
     def published_multiply_adds(self) -> int:
-        """Of one image, in the published convention; three times as many for a training step."""
+        """Multiply-adds per image, by the published convention; three times that for training."""
         return (3 if self.setting.train else 1) * sum(layer.published for layer in self.layers)
 
     def describe(self) -> dict[str, Any]:
-        """All that is known without running: counted, and the compiler's own figures."""
+        """Return what is known without running the program: counts and the compiler's figures."""
         setting = self.setting
         memory: Any = self.compiled.memory_analysis()
         layers = self.layers
@@ -229,7 +236,7 @@ class Program:
         for collective in collectives:
             sizes[collective.kind] += collective.bytes
         arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-        # What is donated counts once. For several chips only the peak is known.
+        # Donated buffers count once. For several chips, only the peak is known.
         sum_of_parts = arguments + temporaries + memory.output_size_in_bytes
         sum_of_parts -= memory.alias_size_in_bytes
         peak = max(sum_of_parts, getattr(memory, "peak_memory_in_bytes", 0) or 0)
@@ -255,15 +262,16 @@ class Program:
 
 
 def time_in_turn(programs: Sequence[Program], seconds: float) -> list[dict[str, Any]]:
-    """Runs programs and the yardstick in turn, and describes each one's speed.
+    """Run programs and the yardstick, a matrix product, in turn and measure their speed.
 
     Args:
-        programs: of devices that exist.
-        seconds: to measure for, all together, after one run of each that is not counted.
+        programs: programs compiled for devices that exist.
+        seconds: the total time to measure for, after one run of each program that does not count.
 
     Returns:
-        For each program `images_per_second` and `matmul_flops` (medians), `quartiles` of the first,
-        `rounds`, and `share`: the published multiply-adds' rate as a part of the yardstick's.
+        For each program, `images_per_second` and `matmul_flops` (medians), `quartiles` of the
+        former, `rounds`, and `share`: the rate of the published multiply-adds as a fraction of the
+        yardstick's.
     """
     side = jax.random.normal(jax.random.key(0), (_MATMUL, _MATMUL))
     multiply = jax.jit(jnp.matmul).lower(side, side).compile()
@@ -277,7 +285,8 @@ def time_in_turn(programs: Sequence[Program], seconds: float) -> list[dict[str, 
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times[0]) < _LEAST_ROUNDS:
         for i, run in enumerate(runs):
-            multiply(side, side).block_until_ready()  # its best: with warm caches
+            # A first run warms the caches, so that the yardstick runs at its best
+            multiply(side, side).block_until_ready()
             yardstick[i].append(_seconds(lambda: multiply(side, side).block_until_ready()))
             times[i].append(_seconds(run))
 
@@ -300,7 +309,7 @@ def time_in_turn(programs: Sequence[Program], seconds: float) -> list[dict[str, 
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """`"224"` or `"512x1024"`, height by width in pixels."""
+    """Parse `"224"` or `"512x1024"`, height by width in pixels."""
     sides = text.split("x")
     if len(sides) > 2 or not all(side.isdecimal() for side in sides):
         raise UserError(f"The size {text!r} is not understood: it is like 224, or 512x1024.")
@@ -308,7 +317,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """`"data:2,spatial:2"`: devices along each axis."""
+    """Parse `"data:2,spatial:2"`, the number of devices along each axis."""
     mesh = {}
     for part in text.split(","):
         axis, _, size = part.partition(":")

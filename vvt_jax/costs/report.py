@@ -1,11 +1,11 @@
-"""What a program costs, as a table."""
+"""The costs of programs as tables."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
 def report(results: Sequence[Mapping[str, Any]]) -> str:
-    """A table of results, one column each, and of two also their ratio."""
+    """Return a table with one column per result, and for two results also their ratio."""
     names = [title_of(result) for result in results]
     rows: list[tuple[str, list[Any], Callable[[Any], str]]] = [
         (label, [result.get(key) for result in results], show)
@@ -34,7 +34,7 @@ def report(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def report_layers(result: Mapping[str, Any]) -> str:
-    """A table of one result's layers."""
+    """Return a table of the layers of one result."""
     lines = [["layer", "multiply-adds", "done here", "activations"]]
     for layer in result["layers"]:
         counts = (layer["published"], layer["actual"], layer["activations"])
@@ -51,7 +51,7 @@ def _billions(count: float) -> str:
     return f"{count / 1e9:.3f} G"
 
 
-# Label, key in a result, how to show it.
+# The label, the key in a result, and how the value is formatted.
 _ROWS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("device", "device", str),
     ("devices", "devices", str),

@@ -1,5 +1,5 @@
-"""Where examples come from (`sources`), how one image is prepared (`preprocess`, `augment`) and how
-batches are made of them (`loader`).
+"""Sources of examples (`sources`), preparation of images (`preprocess`, `augment`) and batching
+(`loader`).
 
-Import the modules, not names from here: this package loads nothing heavy by itself.
+Import the modules instead of names from this package, which loads nothing heavy on its own.
 """

@@ -1,4 +1,4 @@
-"""Random changes of one training image: functions of the image and a numpy generator."""
+"""Random augmentation of a training image, as functions of the image and a NumPy generator."""
 
 import math
 from collections.abc import Mapping
@@ -23,20 +23,22 @@ def random_resized_crop(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> PIL.Image.Image:
-    """Resizes a random rectangle of the image to `size`, as torchvision does.
+    """Crop a random rectangle from an image and resize it to `size`, as torchvision does.
 
-    Ten rectangles are tried; should none fit, the largest centred one of an allowed ratio is taken.
+    Up to ten rectangles are drawn. If none of them fits, the largest centred rectangle with an
+    allowed aspect ratio is used.
 
     Args:
         image: an RGB image.
         rng: the source of randomness.
-        size: (height, width) of the result, in pixels.
+        size: the (height, width) of the result, in pixels.
         interpolation: a name in `preprocess.INTERPOLATIONS`.
-        scale: the range of the rectangle's area, as a fraction of the image's.
-        ratio: the range of the rectangle's width / height, drawn evenly on a log scale.
+        scale: the range of the rectangle's area, as a fraction of the image's area.
+        ratio: the range of the rectangle's aspect ratio, width / height, which is drawn uniformly
+            on a log scale.
     """
     left, top, width, height = _random_box(image.width, image.height, rng, scale, ratio)
-    # Cropped first: `resize(box=...)` would blend in pixels from around the rectangle.
+    # Crop first, because `resize(box=...)` would blend in pixels from around the rectangle.
     cropped = image.crop((left, top, left + width, top + height))
     return cropped.resize((size[1], size[0]), preprocess.resampling(interpolation))
 
@@ -48,7 +50,7 @@ def _random_box(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> tuple[int, int, int, int]:
-    """(left, top, width, height) of a rectangle inside the image, in pixels."""
+    """Draw (left, top, width, height) of a rectangle inside the image, in pixels."""
     for _ in range(10):
         area = image_width * image_height * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
@@ -65,19 +67,20 @@ def _random_box(
 
 
 def random_flip(image: PIL.Image.Image, rng: np.random.Generator) -> PIL.Image.Image:
-    """Mirrors left and right in half of all cases; the image itself in the others."""
+    """Flip an image horizontally with probability 0.5, or else return the image itself."""
     return image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image
 
 
 def color_jitter(
     image: PIL.Image.Image, rng: np.random.Generator, strength: float
 ) -> PIL.Image.Image:
-    """Changes brightness, contrast and saturation in a random order, as torchvision does.
+    """Change brightness, contrast and saturation in random order, as torchvision does.
 
     Args:
         image: an RGB image.
         rng: the source of randomness.
-        strength: each of the three factors is even in `[max(0, 1 - strength), 1 + strength]`.
+        strength: the range of the three factors, each of which is drawn uniformly from
+            `[max(0, 1 - strength), 1 + strength]`.
     """
     for index, factor in _draw_jitter(rng, strength):
         image = _JITTERS[index](image).enhance(factor)
@@ -85,18 +88,20 @@ def color_jitter(
 
 
 def _draw_jitter(rng: np.random.Generator, strength: float) -> list[tuple[int, float]]:
-    """The index into `_JITTERS` and the factor of each change, in the order of the changes."""
+    """Draw the index into `_JITTERS` and the factor of each change, in the order of application."""
     factors = rng.uniform(max(0.0, 1 - strength), 1 + strength, size=3).tolist()
     return [(index, factors[index]) for index in rng.permutation(3).tolist()]
 
 
 def random_shift(image: np.ndarray, rng: np.random.Generator, pixels: int) -> np.ndarray:
-    """Moves the image by whole pixels, even in `[-pixels, pixels]` both ways, and fills with 0.
+    """Shift an image by whole pixels, drawn uniformly from `[-pixels, pixels]` for each axis.
+
+    Uncovered pixels become 0.
 
     Args:
-        image: `[height, width, channels]`.
+        image: an array `[height, width, channels]`.
         rng: the source of randomness.
-        pixels: the largest shift.
+        pixels: the largest shift, in pixels.
     """
     height, width = image.shape[:2]
     padded = np.pad(image, ((pixels, pixels), (pixels, pixels), (0, 0)))
@@ -105,10 +110,10 @@ def random_shift(image: np.ndarray, rng: np.random.Generator, pixels: int) -> np
 
 
 def check_augment(augment: Mapping[str, Any]) -> None:
-    """Checks the settings of `train_image`; fields that it doesn't know are left to others.
+    """Check the settings of `train_image`, ignoring any other fields.
 
     Raises:
-        ValueError: a field is missing or out of range; one sentence says which.
+        ValueError: if a field is missing or out of range. The message names it.
     """
     missing = [field for field in _FIELDS if field not in augment]
     if missing:
@@ -131,25 +136,27 @@ def train_image(
     record: Mapping[str, Any],
     augment: Mapping[str, Any],
 ) -> np.ndarray:
-    """One image as training sees it.
+    """Augment an image for training.
 
     Args:
-        image: as for `preprocess.to_rgb`. A PIL image that is not decoded yet is decoded here.
+        image: an image, as for `preprocess.to_rgb`. A PIL image that has not been decoded yet is
+            decoded here.
         rng: the source of randomness.
         record: the preprocessing record, which gives the size, the interpolation and, as its mean,
-            the colour of what RandAugment moves in.
-        augment: what to do, in this order; `check_augment` checks it, once for all images. `crop`,
-            `"resize"` (as in evaluation) or `"random_resized_crop"`; `min_scale`, the smallest part
-            of the image's area that a random crop shows; `flip`, whether half of the images are
-            mirrored; `randaugment`, a specification for `randaugment.parse` (`""`: none);
-            `color_jitter`, the strength of `color_jitter` (0: none), which acts only where
-            `randaugment` is empty; `shift`, the largest shift, in pixels of the model's input.
+            the colour with which RandAugment fills uncovered pixels.
+        augment: the settings, which are not checked here: call `check_augment` once for all images.
+            The steps are, in this order: `crop`, `"resize"` (as in evaluation) or
+            `"random_resized_crop"`, with `min_scale`, the smallest fraction of the image's area
+            that a random crop shows; `flip`, whether to flip half of the images; `randaugment`, a
+            specification for `randaugment.parse` (`""` for none); `color_jitter`, the strength of
+            `color_jitter` (0 for none), which applies only if `randaugment` is empty; `shift`, the
+            largest shift, in pixels of the model's input.
 
     Returns:
-        uint8 `[height, width, 3]` of the record's size; it may be read-only.
+        uint8 `[height, width, 3]`, of the size in the record. The array may be read-only.
 
     Raises:
-        ValueError: the image is unsuitable.
+        ValueError: if the image is unsuitable.
     """
     if augment["crop"] == "resize":
         changed = PIL.Image.fromarray(preprocess.eval_image(image, record))
@@ -186,6 +193,6 @@ def train_example(
     record: Mapping[str, Any],
     augment: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """An example of a source as `train_image` changes it: `image`, and `label`, int32."""
+    """Augment an example of a source: `image` as `train_image` returns it, and `label`, int32."""
     image = train_image(example["image"], rng, record, augment)
     return {"image": image, "label": np.int32(example["label"])}

@@ -7,21 +7,21 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 
-_WIDTH = 1600  # pixels of the sheet, at most
-_LEAST_TILE = 96  # pixels; smaller images are enlarged by a whole number
-_MARGIN, _CAPTION = 6, 18  # pixels around a tile, and of the line below it
-_FAINT = 0.02  # shares of a label below this are left out, such as those of smoothing
+_WIDTH = 1600  # pixels; the largest width of a sheet
+_LEAST_TILE = 96  # pixels; smaller images are enlarged by a whole factor
+_MARGIN, _CAPTION = 6, 18  # pixels around a tile, and height of the line below it
+_FAINT = 0.02  # smaller shares of a label are omitted, such as those of label smoothing
 
 
 def draw_sheet(
     images: np.ndarray, targets: np.ndarray, class_names: Sequence[str]
 ) -> PIL.Image.Image:
-    """Images in rows, each with its label, or with the shares of mixed ones.
+    """Draw images in rows, each with its label or, for mixed images, the shares of its labels.
 
     Args:
-        images: uint8 `[count, height, width, 3]`.
-        targets: `[count, classes]`, shares that sum to 1.
-        class_names: in the order of the labels.
+        images: the images, uint8 `[count, height, width, 3]`.
+        targets: the share of each class in each image, `[count, classes]`, which sum to 1.
+        class_names: the names of the classes in the order of their labels.
     """
     count, height, width = images.shape[:3]
     scale = max(1, -(-_LEAST_TILE // min(height, width)))
@@ -48,7 +48,7 @@ def draw_sheet(
 
 
 def _caption(target: np.ndarray, class_names: Sequence[str]) -> str:
-    smoothed = float(target.min())  # what label smoothing gives to every class
+    smoothed = float(target.min())  # the share of every class by label smoothing
     shares = (target - smoothed) / max(1e-9, 1 - smoothed * len(target))
     order = [i for i in np.argsort(-shares) if shares[i] > _FAINT]
     if len(order) == 1:

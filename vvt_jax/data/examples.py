@@ -1,4 +1,4 @@
-"""What examples of a data set are, wherever they come from, and the errors that they can raise."""
+"""The common interface to the examples of any data set, and the errors that they can raise."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -8,13 +8,13 @@ import numpy as np
 
 from vvt_jax.system.errors import UserError
 
-# From a split as a config writes it, the name of every example of the whole split and the class of
-# each: the indices of the examples that belong to the part; see `splits`.
+# A function of a split as written in a config, and of the name and class of every example of the
+# whole split. It returns the indices of the examples that belong to the part; see `splits`.
 Cut: TypeAlias = Callable[[str, Sequence[str], Sequence[int]], np.ndarray]
 
 
 class DataError(UserError):
-    """The data is missing or unsuitable; the message says in one sentence what can be done."""
+    """Data that is missing or unsuitable; the message says in one sentence what can be done."""
 
 
 class BrokenImageError(DataError):
@@ -30,7 +30,7 @@ class Examples(Protocol):
 
 
 def describe(examples: Examples, index: int) -> str:
-    """How to name an example: its file, if the source knows it."""
+    """Return what to call an example in a message: its file, if the source knows it."""
     method = getattr(examples, "describe", None)
     return method(index) if method else f"Image {index}"
 
@@ -40,18 +40,18 @@ class Source:
     """One split of a data set, in a fixed order.
 
     Attributes:
-        examples: `len(examples)` and `examples[i]`, a dict with `image`, an RGB PIL image or a
-            uint8 array `[height, width, 1 or 3]` of any size, and `label`, an int that indexes
-            `class_names`, or with `pixels` a uint8 array `[height, width]` of such, where 255 is
-            ignored; BrokenImageError for an image that can't be decoded. It can be pickled,
-            for the loader's worker processes.
-        class_names: the classes' names in the order of their labels.
-        name: the name that opened it.
-        split: the split that was asked for.
-        pixels: each pixel has a label, not each image.
-        left_out: a sentence for each kind of file or folder beside the examples that is not used.
+        examples: a sequence with `len(examples)` and `examples[i]`, a dict with `image`, an RGB PIL
+            image or a uint8 array `[height, width, 1 or 3]` of any size, and `label`, an integer
+            that indexes `class_names` or, with `pixels`, a uint8 array `[height, width]` of such
+            integers, where 255 is ignored. Reading an image that can't be decoded raises
+            BrokenImageError. The sequence can be pickled, for the loader's worker processes.
+        class_names: the names of the classes in the order of their labels.
+        name: the name with which the source was opened.
+        split: the split that was requested.
+        pixels: whether each pixel has a label, rather than each image.
+        left_out: a sentence about each kind of file or folder beside the examples that is not used.
         names: a name for each example that stays the same whenever the source is opened, such as
-            the path of its file in the source's folder; None where the source has no such names.
+            the path of its file within the source's folder; None if the source has no such names.
     """
 
     examples: Examples
@@ -68,11 +68,12 @@ class Source:
 
 
 def with_classes(source: Source, class_names: Sequence[str]) -> Source:
-    """A source whose labels count the classes in another order, of which it may lack some.
+    """Return a source with labels that follow another list of classes.
 
     Args:
-        source: its own class names occur in `class_names`, once each.
-        class_names: in the order of the new labels.
+        source: a source each of whose class names occurs once in `class_names`.
+        class_names: the class names in the order of the new labels, which may include classes that
+            the source does not have.
     """
     if tuple(class_names) == source.class_names:
         return source
@@ -82,7 +83,7 @@ def with_classes(source: Source, class_names: Sequence[str]) -> Source:
 
 
 class _Relabelled:
-    """Examples whose labels stand for other class numbers."""
+    """Examples with their labels mapped to other class numbers."""
 
     def __init__(self, examples: Examples, labels: Sequence[int]):
         self._examples = examples
@@ -95,7 +96,7 @@ class _Relabelled:
         example = self._examples[index]
         label = example["label"]
         if np.ndim(label):
-            table = np.arange(256).astype(np.uint8)  # what is ignored stays so
+            table = np.arange(256).astype(np.uint8)  # ignored pixels stay ignored
             table[: len(self._labels)] = self._labels
             return {**example, "label": table[label]}
         return {**example, "label": int(self._labels[label])}

@@ -1,7 +1,6 @@
-"""Which files are images, how they are read, and which files of a folder are listed.
+"""Image formats, reading image files, and listing the files of a folder.
 
-Every source, command and application takes its formats from here, so that what one of them reads
-the others read too.
+Every source, command and application takes its formats from here, so they all read the same files.
 """
 
 import collections
@@ -12,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import BinaryIO
 
-# Pillow loads a plugin when a format that it doesn't know is asked for, and then loads all of them
+# Import the plugins here: asked for a format that it does not know yet, Pillow would load all of
+# its plugins
 from PIL import (  # noqa: F401
     AvifImagePlugin,
     BmpImagePlugin,
@@ -33,9 +33,9 @@ from vvt_jax.data.examples import BrokenImageError, DataError
 from vvt_jax.system import storage
 from vvt_jax.system.storage import AnyPath, SizeLimit
 
-# Formats that hold pixels and that Pillow decodes by itself. It knows others, of which one runs a
-# program (EPS), and others are drawings, containers or seldom used. A feature that Pillow may have
-# been built without is named beside its format.
+# Formats that store pixels and that Pillow decodes without other programs. It also supports EPS,
+# which runs a program, and formats that are drawings, containers or rarely used. Next to each
+# format is the feature that it needs, if Pillow may have been built without that feature.
 _KNOWN: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "JPEG": ("jpg", (".jpg", ".jpeg", ".jpe", ".jfif")),
     "PNG": ("zlib", (".png", ".apng")),
@@ -47,16 +47,18 @@ _KNOWN: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "AVIF": ("avif", (".avif",)),
     "JPEG2000": ("jpg_2000", (".jp2", ".j2k")),
 }
+# Pillow scales the values of grey PNG files with 2 and 4 bits to 0..255 by these factors
+_GREY_SCALES = {"L;2": 85, "L;4": 17}
 FORMATS: tuple[str, ...] = tuple(
     name
     for name, (feature, _) in _KNOWN.items()
     if name in Image.OPEN and (feature is None or features.check(feature))
 )
 SUFFIXES: tuple[str, ...] = tuple(suffix for name in FORMATS for suffix in _KNOWN[name][1])
-MASK_FORMATS: tuple[str, ...] = ("PNG",)  # it loses nothing, and knows how many bits a pixel has
+MASK_FORMATS: tuple[str, ...] = ("PNG",)  # lossless, with a known number of bits per pixel
 MASK_SUFFIXES: tuple[str, ...] = (".png",)
 
-# What operating systems, file servers and archives leave beside a user's files
+# Folders and files that operating systems, file servers and archives add to a user's own
 _JUNK_FOLDERS = {
     "__macosx",
     "lost+found",
@@ -68,24 +70,24 @@ _JUNK_FOLDERS = {
     "__pycache__",
 }
 _JUNK_FILES = {"thumbs.db", "desktop.ini"}
-_LONGEST_SIDE = 2**16 - 1  # pixels; JPEG has no longer one
-_MOST_NAMED = 5  # folders or kinds of file in a sentence
+_LONGEST_SIDE = 2**16 - 1  # pixels; the limit of JPEG
+_MOST_NAMED = 5  # folders or kinds of file listed in a sentence
 
 
 def is_junk(name: str) -> bool:
-    """Whether a file or folder of that name is hidden or was not put there by a user."""
+    """Return whether a file or folder of that name is hidden or was not created by a user."""
     return name.startswith(".") or name.lower() in _JUNK_FOLDERS | _JUNK_FILES
 
 
 @dataclasses.dataclass
 class LeftOut:
-    """What was found in a folder and is not used.
+    """The contents of a folder that are not used.
 
     Attributes:
-        suffixes: how many files there are with each suffix that no image has.
-        folders: why folders are left out, by their paths.
-        hidden: the number of hidden files with an image's suffix.
-        others: whole sentences about anything else.
+        suffixes: the number of files with each suffix that is not used for images.
+        folders: the reason for which each folder is left out, by its path.
+        hidden: the number of hidden files with the suffix of an image.
+        others: complete sentences about anything else.
     """
 
     suffixes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
@@ -94,7 +96,7 @@ class LeftOut:
     others: list[str] = dataclasses.field(default_factory=list)
 
     def sentences(self, root: str) -> list[str]:
-        """What to tell the user, in one sentence for each reason; none where all is used."""
+        """Return a sentence for the user about each reason; none if everything is used."""
         told = []
         if self.suffixes:
             kinds = [f"{count} {suffix}" for suffix, count in self.suffixes.most_common()]
@@ -126,18 +128,18 @@ def list_files(
     *,
     workdirs: bool = False,
 ) -> Iterator[str]:
-    """Paths of the files below a folder, relative to it and parted by `/`.
+    """List the files below a folder as paths relative to it, separated by `/`.
 
-    The files of a folder come first, in the order of their names, and then those of its
-    sub-folders. Symbolic links are followed; a folder that is reached a second time, or that
-    contains `root`, is not entered, so that links in a circle do no harm.
+    The files of each folder come first, in the order of their names, followed by those of its
+    sub-folders. Symbolic links are followed. A folder that is reached a second time, or that
+    contains `root`, is not entered, so circular links do no harm.
 
     Args:
-        root: the folder, also in an object store.
-        suffixes: in lower case, of the files that are wanted.
-        left_out: takes a note of everything else.
-        on_error: called for a folder that can't be listed; None: the error is raised.
-        workdirs: also list what is in the workdirs of runs.
+        root: the folder, which may be in an object store.
+        suffixes: the suffixes of the files to list, in lower case.
+        left_out: a record to which everything else is added.
+        on_error: a function to call with the error if a folder can't be listed; None raises it.
+        workdirs: whether to list the contents of the workdirs of runs too.
     """
     left_out = LeftOut() if left_out is None else left_out
     entered: set[tuple[int, int]] = set()
@@ -183,13 +185,14 @@ def list_files(
 
 
 def note_junk(left_out: LeftOut, folder: AnyPath) -> None:
-    """Takes a note of a folder for which `is_junk` is true."""
+    """Add a folder for which `is_junk` is true to the record of what is left out."""
     left_out.folders[str(folder)] = "hidden, or made by a system and not by a user"
 
 
 def is_workdir(folders: Sequence[str], files: Sequence[str]) -> bool:
-    """Whether these are the contents of a run's folder, whose pictures are not data."""
-    return "config.json" in files and ("checkpoints" in folders or "metrics.jsonl" in files)
+    """Return whether these are the contents of a run's folder, whose images are not data."""
+    run = "config.json" in files and ("checkpoints" in folders or "metrics.jsonl" in files)
+    return run or "metrics.json" in files  # an evaluation writes this file next to its images
 
 
 def _identity(path: str) -> tuple[int, int]:
@@ -198,15 +201,15 @@ def _identity(path: str) -> tuple[int, int]:
 
 
 def decode(file: str | os.PathLike | BinaryIO, told: str, *, upright: bool = True) -> Image.Image:
-    """The RGB image in a file of one of `image_files.FORMATS`, transparent parts on white.
+    """Decode an image file in one of `image_files.FORMATS` to RGB, with transparent parts on white.
 
     Args:
         file: a path or an open file.
-        told: how to name it.
-        upright: turn it as its EXIF orientation says.
+        told: what to call the file in error messages.
+        upright: whether to turn the image as its EXIF orientation says.
 
     Raises:
-        BrokenImageError: it can't be decoded.
+        BrokenImageError: if the image can't be decoded.
     """
     try:
         with contextlib.ExitStack() as stack:
@@ -218,12 +221,12 @@ def decode(file: str | os.PathLike | BinaryIO, told: str, *, upright: bool = Tru
             return preprocess.to_rgb(image, upright=upright)
     except DataError:
         raise
-    except Exception as error:  # Pillow's decoders raise whatever they stumble over
+    except Exception as error:  # Pillow's decoders raise errors of any kind
         raise BrokenImageError(f"{told} can't be decoded: {why_broken(error, FORMATS)}.") from error
 
 
 def why_broken(error: Exception, formats: Sequence[str]) -> str:
-    """What Pillow's error says of an image, without the address of an object."""
+    """Return what Pillow's error says about an image, without the memory address of an object."""
     if isinstance(error, UnidentifiedImageError):
         *others, last = formats
         listed = f"{', '.join(others)} or {last}" if others else last
@@ -233,11 +236,11 @@ def why_broken(error: Exception, formats: Sequence[str]) -> str:
 
 
 def open_image(path: str | os.PathLike, limit: SizeLimit) -> BinaryIO:
-    """The file of an image or a mask.
+    """Open the file of an image or a mask.
 
     Raises:
-        BrokenImageError: it can't be read.
-        DataError: nor can an object store's, which may well answer later.
+        BrokenImageError: if the file can't be read.
+        DataError: if the file is in an object store and can't be read, which may be temporary.
     """
     try:
         return storage.open_file(path, limit)
@@ -246,12 +249,22 @@ def open_image(path: str | os.PathLike, limit: SizeLimit) -> BinaryIO:
         raise kind(f"{os.fspath(path)} can't be read: {error.strerror}.") from error
 
 
+def grey_scale(image: Image.Image) -> int:
+    """Return the factor by which Pillow will multiply the values of a grey PNG file.
+
+    Call it before the image is loaded.
+    """
+    tiles = getattr(image, "tile", None)
+    return _GREY_SCALES.get(str(tiles[0].args), 1) if tiles else 1
+
+
 def check_sides(image: Image.Image, told: str) -> None:
-    """Refuses an image before it is decoded, if it is a line of a length that no camera makes: each
-    row of it takes memory, whatever its width.
+    """Check, before an image is decoded, that neither side is longer than any camera would make it.
+
+    Every row of an image takes memory, however narrow the image is.
 
     Raises:
-        BrokenImageError: it is one.
+        BrokenImageError: if a side is too long.
     """
     if max(image.size) > _LONGEST_SIDE:
         raise BrokenImageError(

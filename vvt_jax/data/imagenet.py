@@ -1,4 +1,4 @@
-"""The 1000 classes of ImageNet-1k: tfds calls them by their WordNet numbers."""
+"""The 1000 classes of ImageNet-1k, which tfds identifies by their WordNet numbers."""
 
 import functools
 import importlib.resources
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 @functools.cache
 def _table() -> tuple[tuple[str, str, str], ...]:
-    """(WordNet number, name, letters of the subsets that have it), in the order of the labels."""
+    """Return (WordNet number, name, letters of its subsets) of each class, in label order."""
     text = importlib.resources.files("vvt_jax.data").joinpath("imagenet_classes.txt").read_text()
     lines = (line.split("\t") for line in text.splitlines())
     return tuple((number, name, "".join(sets)) for number, name, *sets in lines)
@@ -15,24 +15,24 @@ def _table() -> tuple[tuple[str, str, str], ...]:
 
 @functools.cache
 def class_names() -> dict[str, str]:
-    """The names of the 1000 classes by their WordNet numbers, in the order of the labels.
+    """Return the names of the 1000 classes by their WordNet numbers, in the order of the labels.
 
-    Each is the first word of its WordNet 3.0 synset; the two cranes and the two swimsuits that
-    share theirs are told apart.
+    Each name is the first word of the class's WordNet 3.0 synset, except that the two cranes and
+    the two swimsuits, which share theirs, have distinct names.
     """
     return {number: name for number, name, _ in _table()}
 
 
 def classes_of(letter: str) -> frozenset[str]:
-    """The names of the 200 classes of ImageNet-A (`"a"`) or ImageNet-R (`"r"`).
+    """Return the names of the 200 classes of ImageNet-A (`"a"`) or ImageNet-R (`"r"`).
 
-    Source: the evaluations that their authors published, github.com/hendrycks/natural-adv-examples
-    and github.com/hendrycks/imagenet-r.
+    Source: the evaluation code published by their authors,
+    github.com/hendrycks/natural-adv-examples and github.com/hendrycks/imagenet-r.
     """
     return frozenset(name for _, name, sets in _table() if letter in sets)
 
 
 def readable_class_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Words where all names are WordNet numbers of ImageNet-1k, and else the names as they are."""
+    """Return words for the names if all are WordNet numbers of ImageNet-1k, or else the names."""
     known = class_names()
     return tuple(known[n] for n in names) if set(names) <= set(known) else tuple(names)

@@ -1,17 +1,17 @@
-"""The grain pipeline: batches of uint8 images, which the device normalises.
+"""The grain pipeline: batches of uint8 images, which are normalised on the device.
 
-The stream of batches is a function of the source, the settings and the seed alone. It is the same
-for any number of threads and worker processes, so a run resumes exactly from its step count.
+The stream of batches depends only on the source, the settings and the seed. It is the same for any
+number of threads and worker processes, so a run can resume exactly from its step count.
 
-Both generators hold threads, and worker processes if asked for, from their first batch until they
-are exhausted, closed or collected:
+Both generators hold threads, and worker processes if there are any, from their first batch until
+they are exhausted, closed or garbage-collected:
 
     with contextlib.closing(train_batches(...)) as batches:
         ...
 
-A script that uses workers needs `if __name__ == "__main__":`, since each worker imports it anew.
-Workers hand over batches in shared memory: a container needs more of it (`/dev/shm`) than the
-64 MB that Docker gives by default.
+A script that uses workers needs `if __name__ == "__main__":`, since each worker imports the script
+again. Workers pass batches through shared memory, of which a container needs more (`/dev/shm`) than
+the 64 MB that Docker provides by default.
 """
 
 import contextlib
@@ -34,8 +34,8 @@ from vvt_jax.data.examples import BrokenImageError, DataError, Examples, Source,
 from vvt_jax.data.preprocess import UnfitImageError
 
 Batch = dict[str, np.ndarray]
-_SUBSTITUTES = 20  # broken images in a row after which it is no accident
-_REPORTED = 16  # broken images that a process names at a time
+_SUBSTITUTES = 20  # this many broken images in a row are not a coincidence
+_REPORTED = 16  # broken images that a process reports at a time
 
 
 def train_batches(
@@ -52,38 +52,41 @@ def train_batches(
     workers: int = 0,
     threads: int = 4,
 ) -> Generator[Batch, None, None]:
-    """Endless batches, reshuffled every epoch; a batch may reach from one epoch into the next.
+    """Generate training batches endlessly, reshuffling the examples every epoch.
 
-    Batch `i`, counted from 0, depends on the source, the settings, `seed` and `i` only.
+    A batch may span the end of one epoch and the start of the next. Batch `i`, counted from 0,
+    depends only on the source, the settings, `seed` and `i`.
 
-    An image that can't be decoded is replaced by another one, which follows from `seed` and its
-    place in the stream, and flagged in its batch; `BrokenImages` takes the flags out and counts.
+    An image that can't be used is replaced by another one, chosen by `seed` and its position in the
+    stream, and flagged in its batch. `BrokenImages` removes the flags and counts them.
 
     Args:
-        source: the examples.
+        source: the source of the examples.
         record: the preprocessing record.
-        augment: the settings that `prepare` follows.
-        batch_size: examples in a batch.
-        seed: 0 or more; fixes the order and every image's augmentation.
-        start_step: the first batch to give, to resume a run.
-        repeats: how often an image comes in turn, each time augmented anew (repeated augmentation,
-            Hoffer et al., arXiv 1901.09335); an epoch has as many examples as before, of a part
-            of the images.
-        prepare: of an example, a random generator, the record and the settings makes the arrays of
-            the batch's example.
-        rows: the examples of each batch that are wanted, by their place in it, where several
-            processes share a batch: only these are read. By default all.
-        workers: worker processes; 0 works in this process.
-        threads: threads that prepare batches, in each worker; 0 works when a batch is asked for.
+        augment: the augmentation settings for `prepare`.
+        batch_size: the number of examples in a batch.
+        seed: an integer, 0 or more, that determines the order of the examples and the augmentation
+            of every image.
+        start_step: the number of the first batch, for resuming a run.
+        repeats: how many times in a row each image is used, with a different augmentation each time
+            (repeated augmentation, Hoffer et al., arXiv 1901.09335). The number of examples in an
+            epoch stays the same, so an epoch covers only part of the images.
+        prepare: a function that takes an example, a random generator, the record and the settings,
+            and returns the arrays of one example of the batch.
+        rows: the positions in each batch of the examples to read, for several processes that share
+            a batch. By default, all examples are read.
+        workers: the number of worker processes. With 0, this process does the work.
+        threads: the number of threads that prepare batches in each worker. With 0, a batch is
+            prepared when it is requested.
 
     Returns:
-        A generator of what `prepare` makes, stacked, by default `{"image": uint8 [batch, height,
-        width, 3], "label": int32 [batch]}`; and `broken`, int32 `[batch]`: the number of the
-        example that was replaced, else -1.
+        A generator of batches with the stacked results of `prepare`, by default `{"image": uint8
+        [batch, height, width, 3], "label": int32 [batch]}`, and with `broken`, int32 `[batch]`,
+        the number of the example that was replaced, or -1.
 
     Raises:
-        DataError: the source is empty, or hardly any image of it can be decoded.
-        ValueError: a setting is out of range.
+        DataError: if the source is empty, or hardly any of its images can be used.
+        ValueError: if a setting is out of range.
     """
     check(source, batch_size, workers, threads)
     preprocess.check_record(record)
@@ -122,27 +125,29 @@ def eval_batches(
     workers: int = 0,
     threads: int = 4,
 ) -> Generator[Batch, None, None]:
-    """Every example exactly once, in order; the last batch is filled up with black images.
+    """Generate batches that contain every example exactly once, in order.
 
-    An image that can't be used is black as well, not counted, and flagged in its batch.
+    The last batch is padded with black images. An image that can't be used is also replaced by
+    black, is not counted, and is flagged in its batch.
 
     Args:
-        source: the examples.
+        source: the source of the examples.
         record: the preprocessing record.
-        batch_size: examples in a batch.
-        rows: as for `train_batches`; there are as many batches for any of them.
-        workers: worker processes; 0 works in this process.
-        threads: threads that prepare batches, in each worker; 0 works when a batch is asked for.
+        batch_size: the number of examples in a batch.
+        rows: as for `train_batches`. The number of batches is the same for any rows.
+        workers: the number of worker processes. With 0, this process does the work.
+        threads: the number of threads that prepare batches in each worker. With 0, a batch is
+            prepared when it is requested.
 
     Returns:
         A generator of `{"image": uint8 [batch, height, width, 3], "label": int32 [batch],
-        "mask": bool [batch], "broken": int32 [batch]}`; `mask` is False where the batch is filled
-        up and where an image is broken (label 0), whose number is in `broken`, else -1. Labels
-        that are arrays keep their dtype, `[batch, ...]`.
+        "mask": bool [batch], "broken": int32 [batch]}`. `mask` is False for padding and for broken
+        images, which have the label 0. `broken` is the number of the broken example, or -1. Labels
+        that are arrays keep their dtype and become `[batch, ...]`.
 
     Raises:
-        DataError: the source is empty, or none of its images can be decoded.
-        ValueError: a setting is out of range.
+        DataError: if the source is empty, or none of its images can be decoded.
+        ValueError: if a setting is out of range.
     """
     check(source, batch_size, workers, threads)
     preprocess.check_record(record)
@@ -159,7 +164,12 @@ def eval_batches(
 
 
 def check(source: Source, batch_size: int, workers: int, threads: int) -> None:
-    """Refuses at the call what would otherwise fail at the first batch, or in a worker."""
+    """Raise now what would otherwise be an error at the first batch or in a worker.
+
+    Raises:
+        DataError: if the source is empty.
+        ValueError: if `batch_size`, `workers` or `threads` is out of range.
+    """
     if not len(source.examples):
         raise DataError(f"The split {source.split!r} of {source.name!r} has no examples.")
     if batch_size < 1:
@@ -172,16 +182,16 @@ def _batched(
     examples: grain.MapDataset, batch_size: int, rows: np.ndarray | None
 ) -> grain.MapDataset:
     if rows is not None and len(rows) < batch_size:
-        # grain's own ways (slices, ElasticIterator) deal examples out in turn: in another order
-        # than one process has them, which would change what is mixed with what.
+        # grain's own means (slices, ElasticIterator) deal out the examples in turn. Their order
+        # would differ from that of a single process, and so would the pairs that are mixed.
         examples, batch_size = _Rows(examples, batch_size, rows), len(rows)
-    # No stream here has a remainder, but grain would divide an endless one's length as floats,
-    # rounding up beyond the largest length.
+    # No stream here has a remainder, but to allow for one, grain would divide the length of an
+    # endless stream in floats and round it up beyond the largest length.
     return examples.batch(batch_size, drop_remainder=True)
 
 
 class _Rows(grain.MapDataset):
-    """Of each batch only some examples, by their place in it."""
+    """Only those examples of each batch that are at certain positions in it."""
 
     def __init__(self, parent: grain.MapDataset, batch_size: int, rows: np.ndarray):
         super().__init__(parent)
@@ -196,7 +206,7 @@ class _Rows(grain.MapDataset):
 
 
 class _RepeatEach(grain.MapDataset):
-    """Each element several times in turn; the first ones only, so that the length stays."""
+    """Each element several times in a row, and only the first ones, which keeps the length."""
 
     def __init__(self, parent: grain.MapDataset, times: int):
         super().__init__(parent)
@@ -207,7 +217,7 @@ class _RepeatEach(grain.MapDataset):
 
     def __getitem__(self, index: Any) -> Any:
         epoch, position = divmod(index, len(self))
-        # grain tells epochs apart by indices beyond the length
+        # In grain, indices beyond the length belong to later epochs
         return self._parent[epoch * len(self) + position // self._times]
 
 
@@ -232,15 +242,16 @@ def _train_example(
 
 
 class BrokenImages:
-    """Names each broken example of a stream once, and counts them.
+    """A counter of the broken examples in a stream, which reports each of them once.
 
-    Where several processes share the batches, each finds those of its own rows: what `take` gave in
-    any of them is told to all, so that they count alike and give up together.
+    If several processes share the batches, each finds the broken examples in its own rows. The
+    results of `take` from all processes are passed to `tell` in each of them, so that they all have
+    the same count and stop together.
 
     Args:
-        source: the examples that the batches are made of.
-        limit: more broken examples than this end the run.
-        say: takes one sentence an example.
+        source: the source of the batches' examples.
+        limit: the largest number of broken examples with which the run continues.
+        say: a function that is called with a sentence about each broken example.
     """
 
     def __init__(self, source: Source, limit: int, say: Callable[[str], None]):
@@ -252,7 +263,7 @@ class BrokenImages:
     def watch(
         self, batches: Generator[Batch, None, None]
     ) -> Generator[dict[str, np.ndarray], None, None]:
-        """The batches of `train_batches`, without their flags."""
+        """Yield the batches of `train_batches` without their flags, which are recorded here."""
         with contextlib.closing(batches):
             for batch in batches:
                 flags = batch.pop("broken")
@@ -262,16 +273,18 @@ class BrokenImages:
                 yield batch
 
     def take(self) -> np.ndarray:
-        """Numbers of examples found here and not taken yet, the first ones: int32
-        `[_REPORTED]`, filled up with -1."""
+        """Return the numbers of the first broken examples found here and not yet taken.
+
+        They are int32 `[_REPORTED]`, padded with -1.
+        """
         taken, self._untold = self._untold[:_REPORTED], self._untold[_REPORTED:]
         return np.array(taken + [-1] * (_REPORTED - len(taken)), np.int32)
 
     def tell(self, taken: np.ndarray) -> None:
-        """Names and counts what was taken, in this process or several.
+        """Report and count the examples that `take` returned, in this process or in several.
 
         Raises:
-            DataError: the limit is passed.
+            DataError: if there are more broken examples than the limit allows.
         """
         for index in sorted(set(taken[taken >= 0].tolist()) - self._told):
             self._told.add(index)
@@ -287,7 +300,7 @@ class BrokenImages:
 def without_flags(
     batches: Generator[Batch, None, None], broken: list[int]
 ) -> Generator[Batch, None, None]:
-    """The batches of an evaluation without `broken`, whose numbers are added to a list."""
+    """Yield the batches of an evaluation without their flags, whose numbers go into `broken`."""
     with contextlib.closing(batches):
         for batch in batches:
             flags = batch.pop("broken")
@@ -296,7 +309,7 @@ def without_flags(
 
 
 def why_broken(source: Source, index: int) -> str:
-    """A sentence about an example that could not be used."""
+    """Return a sentence about why an example could not be used."""
     try:
         source.examples[index]
     except BrokenImageError as error:
@@ -308,7 +321,7 @@ def why_broken(source: Source, index: int) -> str:
 
 
 def _first_label(source: Source) -> np.ndarray:
-    """The label of the first example that can be read, for its shape and dtype."""
+    """Return the label of the first example that can be read, for its shape and dtype."""
     first: BrokenImageError | None = None
     for index in range(len(source.examples)):
         try:
@@ -330,7 +343,7 @@ def _eval_example(
     index: int, examples: Examples, record: Mapping[str, Any], no_label: np.ndarray
 ) -> dict[str, Any]:
     broken = -1
-    if index < len(examples):  # others fill up the last batch
+    if index < len(examples):  # larger ones pad the last batch
         try:
             example = examples[index]
             image = preprocess.eval_image(example["image"], record)
@@ -348,12 +361,12 @@ def _eval_example(
 
 
 def stream(dataset: grain.MapDataset, workers: int, threads: int) -> Generator[Batch, None, None]:
-    """The elements of a data set in their order, prepared ahead."""
-    # Each thread prepares a whole batch. grain would keep 500 of them ready if not told otherwise.
+    """Yield the elements of a data set in order, preparing them ahead of time."""
+    # Each thread prepares a whole batch, and by default grain would keep 500 of them ready.
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     batches = dataset.to_iter_dataset(options)
     if workers:
-        # grain hands some absl flags to its workers, and notebooks never parse any.
+        # grain passes some absl flags to its workers, but notebooks never parse any.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         batches = batches.mp_prefetch(
@@ -363,15 +376,16 @@ def stream(dataset: grain.MapDataset, workers: int, threads: int) -> Generator[B
     with contextlib.closing(iter(batches)) as iterator:
         yield from iterator
     if workers:
-        # grain's end leaves its last batches in reference cycles. Their shared memory must be freed
-        # now: at the program's exit it would be reported as leaked.
+        # When grain stops, it leaves its last batches in reference cycles. Their shared memory must
+        # be freed now, or it would be reported as leaked when the program exits.
         gc.collect()
 
 
 def _follow_parent(worker: int, workers: int) -> None:
-    """Lets a worker process end with its parent and only with it.
+    """Make a worker process end when its parent does, and not before.
 
-    grain's would wait for ever for a parent that was killed, and a terminal sends Ctrl-C to all.
+    Otherwise, grain's workers would wait forever for a parent that was killed, and Ctrl-C in a
+    terminal, which reaches all processes, would stop them.
     """
     del worker, workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,7 +1,7 @@
-"""A look at masks before training starts: which classes they have, and how much of them is ignored.
+"""A survey of the masks before training: which classes they contain and how much is ignored.
 
-Masks of the values 0 and 255, as many tools write them for two classes, are valid: 255 is ignored.
-A model that is trained on them learns one class, perfectly.
+Masks with the values 0 and 255, which many tools write for two classes, are valid, but 255 is
+ignored. A model trained on them learns a single class, and learns it perfectly.
 """
 
 import dataclasses
@@ -13,20 +13,21 @@ import numpy as np
 from vvt_jax.data.examples import BrokenImageError, DataError, Source
 from vvt_jax.data.pixel_labels import IGNORED
 
-_MOST = 256  # masks that are read if there are more
-_AT_ONCE = 32  # of the others, while they are searched for a second class
+_MOST = 256  # masks in the sample, if there are more
+_AT_ONCE = 32  # further masks read at a time in search of a second class
 _THREADS = 4
-_MOST_NAMED = 10  # classes in a sentence
+_MOST_NAMED = 10  # classes listed in a sentence
 
 
 @dataclasses.dataclass(frozen=True)
 class MaskSurvey:
-    """What a number of masks contain.
+    """The contents of a number of masks.
 
     Attributes:
-        pixels: of each class and, at index 255, of what is ignored: int64 `[256]`.
-        read: how many masks were read.
-        examples: how many there are.
+        pixels: the number of pixels of each class and, at index 255, of ignored pixels, int64
+            `[256]`.
+        read: the number of masks that were read.
+        examples: the number of masks in total.
     """
 
     pixels: np.ndarray
@@ -34,7 +35,7 @@ class MaskSurvey:
     examples: int
 
     def sentences(self, class_names: Sequence[str]) -> list[str]:
-        """What to tell the user: the share of ignored pixels, and the classes without any."""
+        """Return sentences for the user about the share of ignored pixels and absent classes."""
         share = self.pixels[IGNORED] / max(1, self.pixels.sum())
         read = f"{self.read} masks"
         if self.read < self.examples:
@@ -48,10 +49,12 @@ class MaskSurvey:
 
 
 def survey_masks(source: Source) -> MaskSurvey:
-    """Counts the classes in the masks of a source, or in a sample of them spread over all.
+    """Count the pixels of each class in the masks of a source, or in an evenly spaced sample.
+
+    If the sample has fewer than two classes, further masks are read until a second one is found.
 
     Raises:
-        DataError: not one of all the masks has a second class, so that there is nothing to learn.
+        DataError: if all masks together have fewer than two classes, so there is nothing to learn.
     """
     count = len(source.examples)
     sample = np.unique(np.linspace(0, count - 1, min(count, _MOST)).round().astype(int))
@@ -86,8 +89,11 @@ def _classes(pixels: np.ndarray) -> int:
 
 
 def _count(source: Source, index: int) -> np.ndarray:
-    """Pixels by value in a mask; none in one that can't be decoded, which the loader reports."""
-    read = getattr(source.examples, "mask", None)  # quicker, since the image is left alone
+    """Count the pixels of each value in a mask.
+
+    All counts are 0 if the mask can't be decoded, which the loader will report.
+    """
+    read = getattr(source.examples, "mask", None)  # faster, since it does not decode the image
     try:
         mask = read(index) if read else source.examples[index]["label"]
     except BrokenImageError:

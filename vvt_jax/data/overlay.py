@@ -1,4 +1,4 @@
-"""Pictures of segmentations: a colour for each class, over the image or as an index mask."""
+"""Visualisations of segmentations: a colour for each class, over the image or as an index mask."""
 
 import colorsys
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ import PIL.ImageFont
 
 from vvt_jax.data.pixel_labels import IGNORED
 
-_GOLDEN = 0.618033988749895  # of the circle of hues: neighbours in number are far apart
+_GOLDEN = 0.618033988749895  # of the hue circle between consecutive classes, to keep them apart
 _TILE_HEIGHT, _MARGIN, _LINE = 192, 6, 16  # pixels
-_LEGEND = 24  # classes that are named below a sheet, the most frequent ones
+_LEGEND = 24  # number of classes named below a sheet, the most frequent ones
 
 
 def palette(num_classes: int) -> np.ndarray:
-    """A colour for each class, uint8 `[256, 3]`; white stands for what is ignored."""
+    """Return a colour for each class, uint8 `[256, 3]`, with white for ignored pixels."""
     colours = np.zeros((256, 3), np.uint8)
     for i in range(num_classes):
         value = (1.0, 0.75, 0.5)[i % 3]
@@ -27,11 +27,11 @@ def palette(num_classes: int) -> np.ndarray:
 
 
 def index_mask(classes: np.ndarray, num_classes: int) -> PIL.Image.Image:
-    """A picture whose pixels are the class numbers, coloured by its palette (as VOC's masks are).
+    """Return an image whose pixels are class numbers, coloured by a palette, like VOC's masks.
 
     Args:
-        classes: uint8 `[height, width]`.
-        num_classes: of the model.
+        classes: the class of each pixel, uint8 `[height, width]`.
+        num_classes: the number of the model's classes.
     """
     image = PIL.Image.fromarray(classes).convert("L")
     image.putpalette(palette(num_classes).tobytes())
@@ -41,13 +41,13 @@ def index_mask(classes: np.ndarray, num_classes: int) -> PIL.Image.Image:
 def draw_overlay(
     image: PIL.Image.Image, classes: np.ndarray, num_classes: int, strength: float = 0.6
 ) -> PIL.Image.Image:
-    """The image with each pixel tinted by its class; what is ignored stays as it is.
+    """Tint each pixel of an image with the colour of its class, except for ignored pixels.
 
     Args:
-        image: RGB.
-        classes: uint8 `[height, width]`, of the image's size.
-        num_classes: of the model.
-        strength: share of the class's colour.
+        image: an RGB image.
+        classes: the class of each pixel, uint8 `[height, width]`, of the image's size.
+        num_classes: the number of the model's classes.
+        strength: the share of the class's colour in the result, from 0 to 1.
     """
     pixels = np.asarray(image, np.float32)
     tinted = (1 - strength) * pixels + strength * palette(num_classes)[classes]
@@ -61,14 +61,16 @@ def draw_comparison(
     predictions: Sequence[np.ndarray] | None,
     class_names: Sequence[str],
 ) -> PIL.Image.Image:
-    """A sheet with a row for each image: itself, its truth, and the prediction where there is one;
-    below, the colours of the most frequent classes.
+    """Draw a sheet that compares ground truth and predictions.
+
+    Each row shows an image, its ground truth and, if given, the prediction. Below the rows is a
+    legend of the most frequent classes.
 
     Args:
-        images: RGB.
-        truths: uint8 `[height, width]` each, of the images' sizes.
-        predictions: as the truths, or None.
-        class_names: in the order of the labels.
+        images: the RGB images.
+        truths: the ground truth of each image, uint8 `[height, width]`, of the image's size.
+        predictions: the predictions, in the same form as the ground truth, or None.
+        class_names: the names of the classes in the order of their labels.
     """
     count = len(class_names)
     rows = []

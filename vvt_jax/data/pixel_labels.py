@@ -1,7 +1,7 @@
-"""Images with a class for each pixel: how training changes both, and whole images in batches.
+"""Images with a class for each pixel: training augmentation, and batches of whole images.
 
-Masks are uint8 `[height, width]`; `IGNORED` marks pixels that neither the loss nor any measurement
-counts.
+Masks are uint8 `[height, width]`. `IGNORED` marks pixels that count neither in the loss nor in any
+measurement.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ from vvt_jax.data.examples import BrokenImageError, Examples, Source
 from vvt_jax.data.loader import Batch, check, stream
 
 IGNORED = 255
-MULTIPLE = 32  # pixels: the sides of whole images are rounded to it, so that few sizes occur
-_LONGEST = 4  # times the short side: longer images are shrunk further
-_CROPS = 10  # tries for one in which no class has too large a share
-_CANVAS = 128  # pixels: the batch's masks have room in a multiple of it
+MULTIPLE = 32  # pixels; the sides of whole images are rounded to multiples, so that few sizes occur
+_LONGEST = 4  # times the short side; longer images are shrunk further
+_CROPS = 10  # attempts to find a crop in which no class has too large a share
+_CANVAS = 128  # pixels; the masks of a batch are padded to a multiple
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = 32, (0.5, 1.5), (0.5, 1.5), 18 / 180
 
 
@@ -33,25 +33,27 @@ def train_example(
     record: Mapping[str, Any],
     augment: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Image and mask as training sees them: resized, cropped, mirrored and recoloured at random.
+    """Augment an image and its mask for training by random resizing, cropping, flips and colours.
 
-    The short side becomes that of `record["size"]` times a number from `augment["scale"]`; of ten
-    crops the first is taken in which no class has more than `augment["class_share"]` of the pixels
-    that count, or else the last; `augment["flip"]` and `augment["photometric"]` say whether half of
-    the images are mirrored, and whether colours are distorted. Where an image is smaller than the
-    crop, the mean colour and `IGNORED` fill it up.
+    The short side is resized to that of `record["size"]` times a factor drawn from the range
+    `augment["scale"]`. Of up to ten random crops, the first is used in which no class has more than
+    `augment["class_share"]` of the pixels that are not ignored, or else the last one.
+    `augment["flip"]` determines whether half of the images are flipped, and
+    `augment["photometric"]` whether colours are distorted. If an image is smaller than the crop, it
+    is padded with the mean colour, and its mask with `IGNORED`.
 
     Args:
-        example: `image`, as for `preprocess.to_rgb`, and `label`, its mask.
+        example: a dict of `image`, as for `preprocess.to_rgb`, and `label`, its mask.
         rng: the source of randomness.
         record: the preprocessing record.
-        augment: the settings; `check_augment` checks them.
+        augment: the settings, which `check_augment` checks.
 
     Returns:
-        `image`, uint8 `[height, width, 3]`, and `segmentation`, uint8 `[height, width]`.
+        A dict of `image`, uint8 `[height, width, 3]`, and `segmentation`, uint8 `[height, width]`.
 
     Raises:
-        UnfitImageError: an image so long and narrow that its resized form would take gigabytes.
+        UnfitImageError: if the image is so long and narrow that its resized form would take
+            gigabytes.
     """
     image, mask = preprocess.to_rgb(example["image"]), PIL.Image.fromarray(example["label"])
     height, width = record["size"]
@@ -78,7 +80,7 @@ def train_example(
 def _crop_box(
     mask: np.ndarray, rng: np.random.Generator, size: tuple[int, int], share: float
 ) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom), at most of that size."""
+    """Draw a crop of at most that size as (left, top, right, bottom)."""
     height, width = (min(side, of) for side, of in zip(size, mask.shape, strict=True))
     for _ in range(_CROPS):
         top = int(rng.integers(mask.shape[0] - height + 1))
@@ -91,9 +93,11 @@ def _crop_box(
 
 
 def photometric_distortion(image: PIL.Image.Image, rng: np.random.Generator) -> PIL.Image.Image:
-    """Changes brightness, contrast, saturation and hue, each every other time (SSD, Liu et al.,
-    arXiv 1512.02325): brightness by up to 32 of 255, contrast and saturation by 0.5 to 1.5, hue by
-    up to a tenth of the circle; contrast before or after the two others.
+    """Change brightness, contrast, saturation and hue, each with probability 0.5.
+
+    As in SSD (Liu et al., arXiv 1512.02325), brightness changes by up to 32 of 255, contrast and
+    saturation by a factor of 0.5 to 1.5, and hue by up to a tenth of the colour circle. Contrast is
+    changed either before or after saturation and hue.
 
     Args:
         image: an RGB image.
@@ -126,10 +130,10 @@ def photometric_distortion(image: PIL.Image.Image, rng: np.random.Generator) -> 
 
 
 def check_augment(augment: Mapping[str, Any]) -> None:
-    """Checks the settings of `train_example`; what only whole images can bear has to be off.
+    """Check the settings of `train_example`, including that those for classification are off.
 
     Raises:
-        ValueError: one sentence says which setting can't be meant.
+        ValueError: if a setting is unsuitable. The message names it.
     """
     augment_lib.check_augment(augment)
     scale = augment["scale"]
@@ -148,14 +152,15 @@ def check_augment(augment: Mapping[str, Any]) -> None:
 
 
 def whole_size(height: int, width: int, short_side: int) -> tuple[int, int]:
-    """(height, width) of the model's input for a whole image, in multiples of `MULTIPLE`.
+    """Return the model's input size (height, width) for a whole image, in multiples of `MULTIPLE`.
 
-    The short side becomes `short_side`; proportions are kept to the rounding. Images
-    longer than four times their short side are shrunk to that length.
+    The short side becomes `short_side`, and the proportions are kept up to rounding. Images whose
+    long side is more than four times their short side are shrunk further, until the long side is
+    four times `short_side`.
 
     Args:
-        height, width: of the image, pixels.
-        short_side: pixels.
+        height, width: the size of the image, in pixels.
+        short_side: the length of the short side, in pixels.
     """
     ratio = min(short_side / min(height, width), _LONGEST * short_side / max(height, width))
     return _whole(height * ratio), _whole(width * ratio)
@@ -166,25 +171,25 @@ def _whole(length: float) -> int:
 
 
 def view_names(scales: Sequence[float]) -> list[str]:
-    """Names of the arrays that hold the sizes of an image, as the loader and programs call them."""
+    """Return the names under which batches hold the same image at each of `scales`."""
     return ["image", *(f"image_{i}" for i in range(1, len(scales)))]
 
 
 def whole_views(
     image: PIL.Image.Image | np.ndarray, record: Mapping[str, Any], inference: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
-    """The whole image at each of the sizes that are looked at, uint8 `[h, w, 3]` by name.
+    """Return the whole image at each scale of the inference, uint8 `[h, w, 3]` by name.
 
     Args:
-        image: as for `preprocess.to_rgb`.
+        image: an image, as for `preprocess.to_rgb`.
         record: the preprocessing record.
-        inference: `short_side` and `scales`, see `vvt_jax.segment`.
+        inference: the settings `short_side` and `scales`; see `vvt_jax.segment`.
     """
     rgb = preprocess.to_rgb(image)
     height, width = whole_size(rgb.height, rgb.width, inference["short_side"])
     views = {}
     for name, scale in zip(view_names(inference["scales"]), inference["scales"], strict=True):
-        # Of the rounded size: images of one size have all views in common sizes
+        # Scale the rounded size, so that images of equal size are equal in all views
         size = (_whole(width * scale), _whole(height * scale))
         resized = rgb.resize(size, preprocess.resampling(record["interpolation"]))
         views[name] = np.asarray(resized)
@@ -201,29 +206,31 @@ def whole_image_batches(
     workers: int = 0,
     threads: int = 4,
 ) -> Generator[Batch, None, None]:
-    """Every image exactly once, whole, those of one size together.
+    """Generate batches of whole images that contain every image exactly once, grouped by size.
 
-    Batches that have to go before they are full are filled up with black images.
+    Batches that are still incomplete at the end are padded with black images.
 
     Args:
-        source: the examples.
+        source: the source of the examples.
         record: the preprocessing record.
-        inference: as for `whole_views`.
-        batch_size: examples in a batch.
-        broken: gets the numbers of the examples that can't be used, which are left out; None where
-            they are an error.
-        workers: worker processes; 0 works in this process.
-        threads: threads that prepare images, in each worker.
+        inference: the settings, as for `whole_views`.
+        batch_size: the number of examples in a batch.
+        broken: a list to which the numbers of examples that can't be used are added; such examples
+            are left out. None raises an error for them instead.
+        workers: the number of worker processes. With 0, this process does the work.
+        threads: the number of threads that prepare images in each worker.
 
     Returns:
-        A generator of the views of `whole_views`, uint8 `[batch, h, w, 3]`; `segmentation`, uint8
-        `[batch, height, width]`, the masks in their own sizes, with `IGNORED` right and below;
-        `own_size`, int32 `[batch, 2]`, their heights and widths; and `mask`, bool `[batch]`, False
-        where the batch is filled up.
+        A generator of batches with the views of `whole_views`, uint8 `[batch, h, w, 3]`;
+        `segmentation`, uint8 `[batch, height, width]`, the masks in their own sizes, padded on the
+        right and at the bottom with `IGNORED`; `own_size`, int32 `[batch, 2]`, their heights and
+        widths; and `mask`, bool `[batch]`, False for padding.
 
     Raises:
-        DataError: the source is empty; BrokenImageError without `broken`.
-        ValueError: a setting is out of range.
+        DataError: if the source is empty, or, without `broken`, as BrokenImageError if an image
+            can't be decoded.
+        ValueError: if a setting is out of range, or, without `broken`, as UnfitImageError if an
+            image is too long and narrow.
     """
     check(source, batch_size, workers, threads)
 

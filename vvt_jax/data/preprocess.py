@@ -1,12 +1,12 @@
-"""The deterministic side of one image, shared by evaluation, prediction and notebooks.
+"""The deterministic preprocessing of an image, shared by evaluation, prediction and notebooks.
 
 A *preprocessing record* is a plain dict that is stored with a model's weights:
 
-    {"size": [height, width],          # pixels of the model's input
+    {"size": [height, width],          # of the model's input, in pixels
      "crop_fraction": 0.9,             # the part of the resized image that the centre crop keeps
      "interpolation": "bicubic",       # a name in INTERPOLATIONS
-     "mean": [red, green, blue],       # of pixels in 0..1
-     "std": [red, green, blue]}
+     "mean": [red, green, blue],       # of pixel values scaled to 0..1
+     "std": [red, green, blue]}        # likewise
 """
 
 import math
@@ -23,12 +23,12 @@ from vvt_jax.system.errors import UserError
 INTERPOLATIONS: dict[str, PIL.Image.Resampling] = {
     method.name.lower(): method for method in PIL.Image.Resampling
 }
-_LARGEST_RESIZED = 2**25  # pixels; a line of pixels would become gigabytes
-_LARGEST_WHERE_ASKED_FOR = 2**27  # pixels, where the model's input itself is large
+_LARGEST_RESIZED = 2**25  # pixels; resizing a very narrow image could take gigabytes
+_LARGEST_WHERE_ASKED_FOR = 2**27  # pixels, if the model's input itself is large
 _LARGEST_SIDE = 2**14  # pixels
 _LONGEST_COVER = 2**15  # pixels
-_SMALLEST_STD, _LARGEST_STD = 1e-30, 10  # the inverse of the smallest one is still a float32
-_TURNS = {  # from an EXIF orientation to what shows the image upright
+_SMALLEST_STD, _LARGEST_STD = 1e-30, 10  # the inverse of the smallest is still a float32
+_TURNS = {  # from an EXIF orientation to the operation that turns the image upright
     2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
     3: PIL.Image.Transpose.ROTATE_180,
     4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
@@ -41,19 +41,20 @@ FIELDS = ("size", "crop_fraction", "interpolation", "mean", "std")
 
 
 class UnfitImageError(UserError):
-    """An image that the model's input can't be made of, whatever its file."""
+    """An image that can be read but not turned into the model's input."""
 
 
 def check_resized(image: PIL.Image.Image, size: tuple[int, int], asked: int) -> None:
-    """Refuses an image so long and narrow that its resized form would take gigabytes.
+    """Check that an image is not so long and narrow that its resized form would take gigabytes.
 
     Args:
-        image: the image.
-        size: (width, height) that it would be resized to.
-        asked: pixels that the model's input has of it; up to eight times as many are granted.
+        image: the image before it is resized.
+        size: the (width, height) to which it would be resized.
+        asked: the number of its pixels that the model's input has. The resized image may have up to
+            eight times as many.
 
     Raises:
-        UnfitImageError: it would.
+        UnfitImageError: if the resized image would be too large.
     """
     most = min(_LARGEST_WHERE_ASKED_FOR, max(_LARGEST_RESIZED, 8 * asked))
     if size[0] * size[1] > most:
@@ -64,10 +65,10 @@ def check_resized(image: PIL.Image.Image, size: tuple[int, int], asked: int) -> 
 
 
 def check_record(record: Mapping[str, Any]) -> None:
-    """Checks a preprocessing record.
+    """Check a preprocessing record.
 
     Raises:
-        ValueError: a field is missing, unknown or out of range; one sentence says which.
+        ValueError: if a field is missing, unknown or out of range. The message names it.
     """
     if not isinstance(record, Mapping):
         raise ValueError(f"A preprocessing record must be a dict, not {type(record).__name__}.")
@@ -114,13 +115,17 @@ def _is_side(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    # Compared and not converted: a whole number may be larger than any float
+    # Compare without converting to float: an integer may be larger than any float
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     return real and -math.inf < value < math.inf  # type: ignore[operator]
 
 
 def resampling(interpolation: str) -> PIL.Image.Resampling:
-    """Pillow's method of that name; ValueError names the known ones."""
+    """Return Pillow's resampling method of that name.
+
+    Raises:
+        ValueError: if there is no such method. The message lists those that exist.
+    """
     if not isinstance(interpolation, str) or interpolation not in INTERPOLATIONS:
         raise ValueError(
             f"Unknown interpolation {interpolation!r}: it must be one of "
@@ -130,16 +135,16 @@ def resampling(interpolation: str) -> PIL.Image.Resampling:
 
 
 def orientation(image: PIL.Image.Image) -> int:
-    """The EXIF orientation of an image, 1 to 8; 1, which is upright, if it says none."""
+    """Return the EXIF orientation of an image, 1 to 8; 1, which is upright, if it has none."""
     try:
         found = image.getexif().get(PIL.ExifTags.Base.Orientation, 1)
         return found if found in _TURNS else 1
-    except Exception:  # EXIF data that can't be parsed says nothing, and the pixels may be sound
+    except Exception:  # the pixels may be intact even if the EXIF data can't be parsed
         return 1
 
 
 def turn_upright(image: PIL.Image.Image) -> PIL.Image.Image:
-    """The image as its EXIF orientation shows it; the result has no orientation of its own."""
+    """Turn an image as its EXIF orientation says; the result no longer has an orientation."""
     image.load()
     if (turn := _TURNS.get(orientation(image))) is None:
         return image
@@ -147,27 +152,28 @@ def turn_upright(image: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def _without_orientation(image: PIL.Image.Image) -> PIL.Image.Image:
-    """A copy with the same pixels."""
+    """Return a copy with the same pixels but without the EXIF orientation."""
     copy = image.copy()
     copy.info = {key: copy.info[key] for key in ("transparency",) if key in copy.info}
     return copy
 
 
 def to_rgb(image: PIL.Image.Image | np.ndarray, *, upright: bool = True) -> PIL.Image.Image:
-    """An RGB image, transparent parts on white.
+    """Convert an image to RGB, with transparent parts on white.
 
-    The result has no EXIF orientation of its own, so that a second call does not turn it again.
+    The result has no EXIF orientation, so a second call does not turn it again.
 
     Args:
         image: a PIL image, or a uint8 array `[height, width]`, `[height, width, 1]` or
             `[height, width, 3]`.
-        upright: turn a PIL image as its EXIF orientation says.
+        upright: whether to turn a PIL image as its EXIF orientation says.
 
     Raises:
-        ValueError: another type or shape, or a PIL image whose range of values isn't known.
+        ValueError: if the type, dtype or shape is a different one, or the range of values of a PIL
+            image is unknown.
     """
     if isinstance(image, PIL.Image.Image):
-        image.load()  # which turns a TIFF file upright and takes its orientation away
+        image.load()  # turns a TIFF image upright and removes its orientation
         rgb = _blended(image)
         if orientation(image) == 1:
             return rgb
@@ -188,16 +194,16 @@ def to_rgb(image: PIL.Image.Image | np.ndarray, *, upright: bool = True) -> PIL.
 
 
 def _blended(image: PIL.Image.Image) -> PIL.Image.Image:
-    """In RGB, transparent parts on white; not turned."""
+    """Convert an image to RGB, with transparent parts on white, without turning it."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image  # `convert` would copy it
     sixteen_bits = image.mode.startswith("I;16") or (
-        # Pillow gives a PPM file with more than 8 bits this mode, and scales it to 16
+        # Pillow opens PPM files of more than 8 bits in this mode and scales them to 16 bits
         image.mode == "I" and image.format == "PPM"
     )
     if sixteen_bits:
         values = np.asarray(image)
-        # Pillow would clip 16 bits to 8, leaving a white image.
+        # Pillow would clip the values to 8 bits, which makes nearly everything white.
         grey = (values >> 8).astype(np.uint8)
         if isinstance(clear := image.info.get("transparency"), int):
             grey[values == clear] = 255
@@ -209,7 +215,7 @@ def _blended(image: PIL.Image.Image) -> PIL.Image.Image:
         )
     if not image.has_transparency_data:
         return image.convert("RGB")
-    if image.mode == "La":  # which Pillow converts to LA only
+    if image.mode == "La":  # Pillow converts this mode only to LA
         image = image.convert("LA")
     rgba = image.convert("RGBA")
     white = PIL.Image.new("RGB", rgba.size, "white")
@@ -218,29 +224,30 @@ def _blended(image: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def eval_image(image: PIL.Image.Image | np.ndarray, record: Mapping[str, Any]) -> np.ndarray:
-    """Resizes to cover `size / crop_fraction`, keeping proportions, and takes the centre.
+    """Resize an image to cover `size / crop_fraction`, keeping proportions, and crop the centre.
 
-    The lengths are those of timm's evaluation, on which published accuracies rest: both sides of
-    `size / crop_fraction` are rounded down, and the image just covers them.
+    The lengths match timm's evaluation, on which published accuracies are based: both sides of
+    `size / crop_fraction` are rounded down, and the resized image just covers them.
 
     Args:
-        image: as for `to_rgb`.
+        image: an image, as for `to_rgb`.
         record: a preprocessing record.
 
     Returns:
-        uint8 `[height, width, 3]` of the record's size.
+        uint8 `[height, width, 3]`, of the size in the record.
 
     Raises:
-        ValueError: the record.
-        UnfitImageError: an image so long and narrow that covering the size needs more than 2^25
-            pixels, or eight times the size.
+        ValueError: if the record or the image is unsuitable.
+        UnfitImageError: if the image is so long and narrow that it would be resized to more than
+            2^25 pixels and more than eight times the pixels to be covered, or in any case to more
+            than 2^27 pixels.
     """
     check_record(record)
     rgb = to_rgb(image)
     height, width = record["size"]
     cover_height = math.floor(height / record["crop_fraction"])
     cover_width = math.floor(width / record["crop_fraction"])
-    # timm has two resizers, which round the longer side differently.
+    # timm has two resizing functions, which round the longer side differently.
     whole = math.floor if cover_height == cover_width else round
     if cover_height * rgb.width >= cover_width * rgb.height:
         resized = (whole(rgb.width * cover_height / rgb.height), cover_height)
@@ -254,17 +261,18 @@ def eval_image(image: PIL.Image.Image | np.ndarray, record: Mapping[str, Any]) -
 
 
 def normalize(images: Any, record: Mapping[str, Any]) -> Any:
-    """`(images / 255 - mean) / std` in float32.
+    """Compute `(images / 255 - mean) / std` in float32.
 
     Args:
-        images: uint8 `[..., 3]`, a numpy or JAX array; may be traced, as in the training step.
+        images: uint8 `[..., 3]`, a NumPy or JAX array, which may be traced, as in the training
+            step.
         record: a preprocessing record.
 
     Returns:
-        float32, the shape and kind of array that was given.
+        A float32 array of the same shape and kind as `images`.
 
     Raises:
-        ValueError: the images aren't uint8, so they may be normalised already.
+        ValueError: if the images aren't uint8, since they may already be normalised.
     """
     if images.dtype != np.uint8:
         raise ValueError(
@@ -276,11 +284,11 @@ def normalize(images: Any, record: Mapping[str, Any]) -> Any:
 
 
 def preprocess(image: PIL.Image.Image | np.ndarray, card: Mapping[str, Any]) -> np.ndarray:
-    """What evaluation feeds the model: float32 `[1, height, width, 3]`.
+    """Prepare an image as evaluation does: float32 `[1, height, width, 3]`, ready for the model.
 
     Args:
-        image: as for `to_rgb`.
-        card: a model's card; its `preprocessing` is the record.
+        image: an image, as for `to_rgb`.
+        card: a model's card, which has the preprocessing record as `preprocessing`.
     """
     record = card["preprocessing"]
     return normalize(eval_image(image, record)[np.newaxis], record)

@@ -1,9 +1,9 @@
-"""RandAugment: a few operations, drawn at random, on one image.
+"""RandAugment: a few randomly drawn operations, applied to an image.
 
 The operations, their severities and the specification are those of timm's `rand-...`, on whose
-results published recipes rest. A *magnitude* from 0 to 10 says how far an operation goes, its
-*argument* says it in the operation's own unit. An operation that goes two ways takes magnitudes
-from -10 to 10.
+results published recipes are based. A *magnitude* from 0 to 10 is the strength of an operation, and
+its *argument* is that strength in the operation's own unit. An operation that works in two
+directions takes magnitudes from -10 to 10.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ Colour = tuple[int, int, int]
 
 def _posterize(image: PIL.Image.Image, bits: float) -> PIL.Image.Image:
     if bits == 0:
-        # Pillow drew black until version 13 began to refuse it.
+        # Pillow returns black for 0 bits, but raises an error since version 13.
         return PIL.Image.new("RGB", image.size)
     return ImageOps.posterize(image, int(bits))
 
@@ -62,7 +62,7 @@ def _rotate(
 def _affine(
     matrix: Callable[[float, int, int], tuple[float, ...]],
 ) -> Callable[..., PIL.Image.Image]:
-    """The operation whose `matrix(argument, width, height)` leads from result to image."""
+    """Return the affine operation whose `matrix(argument, width, height)` maps result to image."""
 
     def apply(
         image: PIL.Image.Image, argument: float, fill: Colour, resample: PIL.Image.Resampling
@@ -80,15 +80,15 @@ def _affine(
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """A change of an RGB image; the image that is given stays as it is.
+    """An operation on an RGB image, which returns a new image and leaves the original unchanged.
 
     Attributes:
-        apply: `(image)`, or `(image, argument)` where there is one, or `(image, argument, fill,
-            resample)` where the operation is geometric.
-        argument: the argument of a magnitude. None: the operation has none.
-        signed: whether it goes two ways, so that magnitudes may be below 0.
-        geometric: whether it moves pixels: it then needs a colour to fill up with and a way to
-            interpolate.
+        apply: a function of `(image)`; of `(image, argument)` if the operation has an argument; or
+            of `(image, argument, fill, resample)` if it is geometric.
+        argument: a function from magnitude to argument; None if the operation has no argument.
+        signed: whether the operation works in two directions, so that magnitudes may be negative.
+        geometric: whether the operation moves pixels, and therefore needs a fill colour and an
+            interpolation method.
     """
 
     apply: Callable[..., PIL.Image.Image]
@@ -97,7 +97,7 @@ class Operation:
     geometric: bool = False
 
 
-# The arithmetic is timm's to the last bit: (m / 10) * 30 is not always m * 3.
+# The arithmetic matches timm's to the last bit: (m / 10) * 30 does not always equal m * 3.
 def _linear(largest: float) -> Callable[[float], float]:
     return lambda magnitude: magnitude / MAX_MAGNITUDE * largest
 
@@ -131,11 +131,11 @@ OPERATIONS: dict[str, Operation] = {
     "Equalize": Operation(ImageOps.equalize),
     "Invert": Operation(ImageOps.invert),
     "Rotate": _geometric(_rotate, 30.0),  # degrees
-    "Posterize": Operation(_posterize, _bits),  # that are kept
+    "Posterize": Operation(_posterize, _bits),  # bits that are kept
     "PosterizeIncreasing": Operation(_posterize, lambda magnitude: 4 - _bits(magnitude)),
-    "Solarize": Operation(_solarize, _threshold),  # from which values are inverted
+    "Solarize": Operation(_solarize, _threshold),  # the value from which values are inverted
     "SolarizeIncreasing": Operation(_solarize, lambda magnitude: 256 - _threshold(magnitude)),
-    "SolarizeAdd": Operation(_solarize_add, _added),  # to values below 128
+    "SolarizeAdd": Operation(_solarize_add, _added),  # added to values below 128
     "Color": Operation(_color, _factor),
     "ColorIncreasing": Operation(_color, _factor_around_one, signed=True),
     "Contrast": Operation(_contrast, _factor),
@@ -144,7 +144,7 @@ OPERATIONS: dict[str, Operation] = {
     "BrightnessIncreasing": Operation(_brightness, _factor_around_one, signed=True),
     "Sharpness": Operation(_sharpness, _factor),
     "SharpnessIncreasing": Operation(_sharpness, _factor_around_one, signed=True),
-    # Pixels a pixel of the other side, then parts of the side.
+    # Shears are in pixels per pixel along the other axis, translations in fractions of the side.
     "ShearX": _geometric(_affine(lambda part, *_: (1, part, 0, 0, 1, 0)), 0.3),
     "ShearY": _geometric(_affine(lambda part, *_: (1, 0, 0, part, 1, 0)), 0.3),
     "TranslateXRel": _geometric(_affine(lambda part, w, _: (1, 0, part * w, 0, 1, 0)), 0.45),
@@ -162,15 +162,15 @@ def apply_operation(
     fill: Colour,
     interpolation: str,
 ) -> PIL.Image.Image:
-    """One operation, of the size of the image.
+    """Apply one operation to an image; the result has the same size.
 
     Args:
         name: a key of `OPERATIONS`.
         image: an RGB image.
-        magnitude: 0 to 10, or -10 to 10 where the operation is signed.
-        fill: the red, green, blue of what moves in, 0 to 255.
-        interpolation: a name in `preprocess.INTERPOLATIONS`; where pixels move, Pillow has
-            `"nearest"`, `"bilinear"` and `"bicubic"`, which also stands in for all others.
+        magnitude: the strength, from 0 to 10, or from -10 to 10 if the operation is signed.
+        fill: the red, green and blue, from 0 to 255, with which uncovered pixels are filled.
+        interpolation: a name in `preprocess.INTERPOLATIONS`. For geometric operations, Pillow
+            supports `"nearest"`, `"bilinear"` and `"bicubic"`, which also replaces all the others.
     """
     operation = OPERATIONS[name]
     if operation.argument is None:
@@ -185,15 +185,15 @@ def apply_operation(
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """How operations are drawn.
+    """The distribution from which operations are drawn.
 
     Attributes:
-        names: what is drawn from, each as likely.
-        count: operations that are drawn for an image, with replacement.
-        probability: of each one drawn to be applied.
+        names: the operations to draw from, all with equal probability.
+        count: the number of operations drawn for each image, with replacement.
+        probability: the probability with which each drawn operation is applied.
         magnitude: the mean of the magnitudes, which are drawn from a normal distribution and
-            clipped to 0 and 10.
-        magnitude_std: its standard deviation.
+            clipped to between 0 and 10.
+        magnitude_std: the standard deviation of that distribution.
     """
 
     names: tuple[str, ...] = NOT_INCREASING
@@ -206,7 +206,7 @@ class Policy:
 _NUMBER = r"\d+(?:\.\d+)?"
 _PARTS: dict[str, Callable[[str], bool]] = {
     "m": lambda value: float(value) <= MAX_MAGNITUDE,
-    # timm takes larger ones to mean even magnitudes.
+    # In timm, larger values stand for uniformly distributed magnitudes.
     "mstd": lambda value: float(value) <= 100,
     "n": lambda value: value.isdecimal() and int(value) >= 1,
     "p": lambda value: float(value) <= 1,
@@ -220,13 +220,13 @@ _HELP = (
 
 @functools.cache
 def parse(specification: str) -> Policy:
-    """The policy of a specification such as `"rand-m9-mstd0.5-inc1"`.
+    """Parse a specification such as `"rand-m9-mstd0.5-inc1"` into a policy.
 
-    Without them, 2 operations are drawn, with probability 0.5 and magnitude 10, that does not vary,
-    of the operations whose severity need not increase with the magnitude.
+    By default, 2 operations are drawn, with a probability of 0.5 and a constant magnitude of 10,
+    from the operations whose severity does not necessarily increase with the magnitude.
 
     Raises:
-        ValueError: a part of it is unknown, out of range or given twice; one sentence names it.
+        ValueError: if a part is unknown, out of range or given twice. The message names it.
     """
     first, *parts = specification.split("-")
     if first != "rand":
@@ -249,10 +249,10 @@ def parse(specification: str) -> Policy:
 
 
 def draw(policy: Policy, rng: np.random.Generator) -> list[tuple[str, float]]:
-    """The names and magnitudes of what is to be applied to one image, in this order.
+    """Draw the names and magnitudes of the operations for one image, in order of application.
 
     Args:
-        policy: how to draw.
+        policy: the policy from which to draw.
         rng: the source of randomness.
     """
     drawn = []
@@ -278,14 +278,14 @@ def randaugment(
     fill: Colour,
     interpolation: str,
 ) -> PIL.Image.Image:
-    """Applies what `draw` says; the image itself where that is nothing.
+    """Apply randomly drawn operations to an image, or return the image itself if there are none.
 
     Args:
         image: an RGB image.
         rng: the source of randomness.
-        policy: how to draw.
-        fill: as for `apply_operation`.
-        interpolation: as for `apply_operation`.
+        policy: the policy from which `draw` draws the operations.
+        fill: the fill colour, as for `apply_operation`.
+        interpolation: the interpolation method, as for `apply_operation`.
     """
     for name, magnitude in draw(policy, rng):
         image = apply_operation(name, image, magnitude, fill, interpolation)

@@ -1,8 +1,8 @@
-"""How parts of a split, such as `train[:90%]`, are cut where a source has a name for each example.
+"""Cutting parts of a split, such as `train[:90%]`, if the source has a name for each example.
 
-A `examples.Cut` chooses the examples of a part from all those of its split. `ByHash` is the one for
-new runs, `Recorded` repeats what a run wrote down, and `at_random` is how runs were cut that wrote
-nothing down.
+An `examples.Cut` chooses the examples of a part from all those of its split. `ByHash` is used for
+new runs, `Recorded` repeats the choice that a run has recorded, and `at_random` repeats the choice
+of old runs that did not record it.
 """
 
 import hashlib
@@ -16,12 +16,12 @@ import numpy as np
 from vvt_jax.data.examples import DataError
 
 _SPLIT = re.compile(r"(\w+)(?:\[(?:(\d+)(%?))?:(?:(\d+)(%?))?\])?")
-_ORDER_SEED = 0  # of the order that `at_random` cuts from
+_ORDER_SEED = 0  # of the random order from which `at_random` cuts
 _FORMERLY = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class _Bound(NamedTuple):
-    """Where a part begins or ends: a number of examples, or a percentage of them."""
+    """The position at which a part begins or ends: a number or a percentage of examples."""
 
     number: int
     percent: bool
@@ -31,26 +31,26 @@ _START, _END = _Bound(0, True), _Bound(100, True)
 
 
 def split_name(split: str) -> str:
-    """`train`, `validation` or another name, of a split that may be a part of it.
+    """Return the name, such as `train` or `validation`, of the split in `split`, or in a part of it.
 
     Raises:
-        DataError: it is written in another way.
+        DataError: if the notation is invalid.
     """
     return _parse(split)[0]
 
 
 class ByHash:
-    """Cuts each class by itself, in the order of a hash of its examples' names.
+    """A cut of each class separately, in the order of a hash of its examples' names.
 
-    Each class is shared out by the percentages, so that every part has all classes which have
-    enough examples: one or more for each part. The order of other names does not depend on a name
-    that is added, so a new example moves at most one other example across a boundary between two
-    parts. (A boundary given as a number of examples stands at that number exactly, whatever the
-    classes' sizes: there it can move one of another class as well.)
+    Each class is divided by the percentages, so every part contains every class that has at least
+    one example for each part. Adding a name does not change the order of the others, so a new
+    example moves at most one other example across a boundary between two parts. (A boundary given
+    as a number of examples is exactly at that number, whatever the sizes of the classes. A new
+    example can then also move an example of another class across it.)
 
     Args:
-        parts: the splits of a run, as its config writes them. A class with few examples is shared
-            out fairly among more than two parts only if all of them are known.
+        parts: the splits of a run, as written in its config. A class with few examples is divided
+            fairly among more than two parts only if all of them are known.
     """
 
     def __init__(self, parts: Iterable[str] = ()):
@@ -65,16 +65,16 @@ class ByHash:
             b.number for b in {*cuts, start, stop} if b.percent and 0 < b.number < 100
         )
         labels = np.asarray(classes, np.int64)
-        # Sorted by class and, within a class, by hash.
+        # Sort by class and, within a class, by hash.
         hashes = np.array([_hash(each) for each in names], np.uint64)
         order = np.lexsort((hashes, labels))
         kinds, firsts, counts = np.unique(labels[order], return_index=True, return_counts=True)
         ranks = np.arange(len(order)) - np.repeat(firsts, counts)
 
         def ends(bound: _Bound) -> np.ndarray:
-            """How many examples of each class lie before the boundary."""
+            """Return how many examples of each class lie before the boundary."""
             if not bound.percent:
-                # Each class is spread evenly over a common order, of which the first are taken.
+                # Spread each class evenly over a common order, and take the first examples of it.
                 places = (ranks + 0.5) / np.repeat(counts, counts)
                 first = np.lexsort((hashes[order], places))[: bound.number]
                 taken = np.bincount(np.repeat(np.arange(len(kinds)), counts)[first])
@@ -89,17 +89,18 @@ class ByHash:
 
 
 class Recorded:
-    """Chooses the examples that a run wrote down, whatever has been added since.
+    """A cut that chooses the examples that a run has recorded, whatever has been added since.
 
     Args:
-        names: those of the part, in the order of the run.
-        fill: whether an example that is gone is replaced by the next one of the list, so that the
-            list keeps its length and every other example its place; otherwise it is left out.
+        names: the names of the part's examples, in the order of the run.
+        fill: whether to replace an example that no longer exists by the next one in the list, which
+            keeps the length of the list and the positions of all other examples, instead of leaving
+            it out.
 
     Attributes:
-        names: as above.
-        missing: the names that are gone, once the part has been cut.
-        listed: all names that the split has now.
+        names: the names of the part's examples, in the order of the run.
+        missing: the names that no longer exist, once the part has been cut.
+        listed: all the names that the split has now, once the part has been cut.
     """
 
     def __init__(self, names: Sequence[str], *, fill: bool):
@@ -126,11 +127,11 @@ class Recorded:
 
 
 def at_random(split: str, names: Sequence[str], classes: Sequence[int]) -> np.ndarray:
-    """The cut of runs that did not record their examples: out of one fixed random order, which
-    another number of examples changes altogether.
+    """Cut a part as runs did that did not record their examples, from a fixed random order.
 
-    Those runs listed the files of a class's own folder in four formats. Whatever is listed beside
-    them today is left out, or else it would change their order.
+    That order changes completely with the number of examples. Those runs listed only the files
+    directly in the folder of a class, in four formats. Anything else that is listed today is left
+    out, because it would change their order.
     """
     depths = np.array([name.count("/") for name in names])
     formats = np.array([name.lower().endswith(_FORMERLY) for name in names])
@@ -158,17 +159,17 @@ def _parse(split: str) -> tuple[str, _Bound, _Bound]:
 
 
 def _bounds_of(part: str, name: str) -> tuple[_Bound, ...]:
-    """The two boundaries of a part, if it is one of the split `name`."""
+    """Return the two boundaries of a part if it belongs to the split `name`, or else nothing."""
     other, *bounds = _parse(part)
     return tuple(bounds) if other == name else ()
 
 
 def _quotas(count: int, percents: Sequence[int]) -> list[int]:
-    """How many of `count` examples lie before each percentage, in ascending order.
+    """Return how many of `count` examples lie before each percentage, in ascending order.
 
-    Each part between two of them gets one example at least, where there are enough; where there
-    are not, the largest parts get one each. One example more raises each number by 0 or 1, which
-    is why it moves one other example across a boundary at most.
+    Every part between two boundaries gets at least one example if there are enough; otherwise, the
+    largest parts get one each. One more example raises each number by 0 or 1, and so moves at most
+    one other example across a boundary.
     """
     parts = len(percents) + 1
     if count <= len(percents):
@@ -177,7 +178,7 @@ def _quotas(count: int, percents: Sequence[int]) -> list[int]:
         return [sum(part < i for part in largest) for i in range(1, parts)]
     quotas: list[int] = []
     for i, percent in enumerate(percents, start=1):
-        rounded = (2 * percent * count + 100) // 200  # half up: whole parts never vanish
+        rounded = (2 * percent * count + 100) // 200  # round half up, so that no part vanishes
         least = (quotas[-1] if quotas else 0) + 1
         quotas.append(min(count - (parts - i), max(rounded, least)))
     return quotas

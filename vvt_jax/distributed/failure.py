@@ -1,7 +1,7 @@
-"""Ends all processes of a group, with one message, when one of them fails.
+"""Ending all processes of a group, with one message, when one of them fails.
 
-Without this, the others wait in a collective until a heartbeat is missed, and jax then aborts them
-with a stack of C++ that says nothing about the reason.
+Without this module, the others would wait in a collective until a heartbeat is missed. JAX would
+then abort them with a C++ stack trace that doesn't show the reason.
 """
 
 import atexit
@@ -15,23 +15,23 @@ from dataclasses import asdict, dataclass
 from typing import NoReturn
 
 import jax
-from jax._src import distributed  # its client has no public name; orbax takes it from here, too
+from jax._src import distributed  # the client isn't public; Orbax takes it from here, too
 
 _KEY = "vvt_jax/failure"
-_DONE, _LEFT = "vvt_jax/done", "vvt_jax/left"  # folders of keys: processes that succeeded, or left
-_LOOK = 1.0  # seconds between looks
-_GRACE = 10.0  # seconds that a process gets to end by itself, so that it completes what it saves
-_PATIENCE = 15.0  # seconds that a process that leaves waits for the others to do so
+_DONE, _LEFT = "vvt_jax/done", "vvt_jax/left"  # folders of keys: who has succeeded, or left
+_LOOK = 1.0  # seconds between checks
+_GRACE = 10.0  # seconds a process gets to end by itself, so that it can finish saving
+_PATIENCE = 15.0  # seconds that a leaving process waits for the others to leave
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a group ends.
+    """The reason why a group ends.
 
     Attributes:
-        process: number of the process that failed first.
-        message: that it printed, without `error: `.
-        status: exit status of all processes.
+        process: the number of the process that failed first.
+        message: the message that it printed, without `error: `.
+        status: the exit status of all processes.
     """
 
     process: int
@@ -40,10 +40,10 @@ class Failure:
 
 
 def watch() -> None:
-    """Ends this process soon after another one of its group has failed; call it after joining.
+    """Start a thread that ends this process soon after another one of its group has failed.
 
-    A process that waits in a collective can't notice by itself. The watch is a thread; it gives the
-    program ten seconds to end by itself first.
+    Call this after joining the group. The thread is needed because a process that waits in a
+    collective can't notice the failure. It first gives the program ten seconds to end by itself.
     """
     if _watching.is_set():
         return
@@ -53,10 +53,10 @@ def watch() -> None:
 
 
 def finish() -> None:
-    """Waits at the end of a successful program until the others are done, too.
+    """Wait at the end of a successful program until the other processes are done, too.
 
-    Otherwise a failure after that would find this process waiting for the others in jax's own
-    handler, which would abort it. A process that is lost ends the wait, since jax then aborts all.
+    Otherwise this process would wait for them in JAX's own exit handler, which would abort it if
+    one of them failed later. If a process is lost, the wait ends because JAX aborts all of them.
     """
     if _client() is None:
         return
@@ -68,24 +68,26 @@ def finish() -> None:
 
 
 def announce(message: str, status: int) -> None:
-    """Lets all processes of the group end in ten seconds, this one included, unless they end by
-    themselves. For failures in the background that leave the program waiting for another process.
+    """Make all processes of the group, including this one, end within about ten seconds.
+
+    They get this time to end by themselves. This is for failures in the background that leave the
+    program waiting for another process.
     """
     client = _client()
     if client is None:
         return
     mine = Failure(distributed.global_state.process_id, message, status)
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was first
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process announced one first
         client.key_value_set(_KEY, json.dumps(asdict(mine)))
 
 
 def end(message: str, status: int, *, at_once: bool = False) -> NoReturn:
-    """Prints why the program ends, and ends it and all other processes of its group.
+    """Print why the program ends, and end it with all other processes of its group.
 
     Args:
-        message: one sentence. If another process has failed before, that one's is printed instead.
-        status: exit status, see `vvt_jax.system.errors`.
-        at_once: leave out what libraries do when Python exits.
+        message: one sentence. If another process failed first, its message is printed instead.
+        status: the exit status, see `vvt_jax.system.errors`.
+        at_once: whether to skip what libraries do when Python exits.
     """
     _ending.set()
     if _client() is None:
@@ -98,17 +100,17 @@ def end(message: str, status: int, *, at_once: bool = False) -> NoReturn:
 
 
 def has_happened() -> bool:
-    """Whether a process of the group has failed, which other errors may then follow from."""
+    """Return whether a process of the group has failed, which may have caused other errors."""
     return _failure() is not None
 
 
 _watching = threading.Event()
 _ending = threading.Event()  # set once the program ends by itself
-_leaving = threading.Lock()  # never released: the main thread and the watch print one message
+_leaving = threading.Lock()  # never released, so that only one thread prints the message
 
 
 def _client():
-    """The connection to process 0; None in a program that is not watched or has left its group."""
+    """Return the connection to process 0, or None if the program isn't watched or has left."""
     return distributed.global_state.client if _watching.is_set() else None
 
 
@@ -132,10 +134,10 @@ def _watch() -> None:
 
 
 def _leave(failure: Failure) -> NoReturn:
-    """Ends this process without the handlers that would wait for the others."""
+    """End this process without the exit handlers that would wait for the others."""
     _leaving.acquire()
     try:
-        # Not asked of jax.process_index(), which waits for the others the first time
+        # Not from jax.process_index(), whose first call waits for the other processes.
         process = distributed.global_state.process_id
         by = "" if failure.process == process else f"process {failure.process} ended the run: "
         print(f"error: {by}{failure.message}", file=sys.stderr, flush=True)
@@ -144,7 +146,7 @@ def _leave(failure: Failure) -> NoReturn:
         end = time.monotonic() + _PATIENCE
         while time.monotonic() < end and not _have_said(_LEFT):
             time.sleep(_LOOK / 10)
-        if process == 0:  # jax aborts the others when it goes before them
+        if process == 0:  # JAX aborts the others if it leaves before them
             time.sleep(_LOOK)
     finally:
         os._exit(failure.status)
@@ -157,7 +159,7 @@ def _say(what: str) -> None:
 
 
 def _have_said(what: str) -> bool:
-    """Whether all processes have, or can't be asked any more."""
+    """Return whether all processes have set a key in the folder, or process 0 is gone."""
     try:
         said = _client().key_value_dir_get(what)
     except jax.errors.JaxRuntimeError:  # process 0 is gone

@@ -1,7 +1,7 @@
-"""Several processes that work as one: how they find each other, and share what only one knows.
+"""Groups of processes that work together: how they find each other and exchange information.
 
-Each process drives the devices of one host, or one of its devices. All of them run the same
-program on the same config, and see one global mesh of all devices.
+Each process drives either all devices of a host or a single one. All processes run the same program
+with the same config, and see one global mesh of all devices.
 """
 
 import contextlib
@@ -23,35 +23,35 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vvt_jax.distributed import failure
 from vvt_jax.system.errors import CRASH, UserError
 
-_MARGIN = 60  # seconds by which our own limit, which says what is wrong, is before jax's
+_MARGIN = 60  # seconds that JAX's timeout comes after ours, which explains what is wrong
 _EXPLICIT = ("coordinator", "num_processes", "process_id")
 
 
 class GroupError(UserError):
-    """Processes that can't find each other, or can't work together."""
+    """Processes can't find each other, or can't work together."""
 
 
 class IncompleteGroupError(GroupError):
-    """Processes that are not there, or can't be reached; they may be the next time."""
+    """Processes are missing or can't be reached; another attempt may succeed."""
 
 
 def join(distributed: Mapping[str, Any], *, preemptible: bool) -> None:
-    """Joins this process to its group, before anything else asks jax for a device.
+    """Join this process to its group. Call this before anything else asks JAX for a device.
 
-    Nothing is done in a process that is alone: one without these fields and without a sign of a
-    cluster, or with `num_processes=1`.
+    It does nothing in a process that runs alone, that is, if `num_processes=1`, or if the fields
+    are not set and there is no sign of a cluster. After joining, a thread ends this process if
+    another one of the group fails, see `failure`.
 
     Args:
-        distributed: the fields of `config.distributed`. What is empty is found by jax, from what
-            a TPU pod, Slurm, Open MPI, another MPI (with mpi4py) or Kubernetes (with jax[k8s]) say.
-        preemptible: SIGTERM asks the group to stop at one agreed step, see `interruption`; or else
-            it ends the process as usual.
-
-    Afterwards a thread ends this process when another one of the group fails, see `failure`.
+        distributed: the fields of `config.distributed`. JAX determines those that are not set from
+            the environment: a TPU pod, Slurm, Open MPI, another MPI (with mpi4py) or Kubernetes
+            (with jax[k8s]).
+        preemptible: whether SIGTERM asks the group to stop at a common step (see `interruption`)
+            instead of ending the process as usual.
 
     Raises:
-        GroupError: the fields do not fit each other, or the group can't be joined.
-        IncompleteGroupError: the first process does not answer.
+        GroupError: the fields are inconsistent, or the group can't be joined.
+        IncompleteGroupError: the first process doesn't answer.
     """
     given = {name: distributed[name] for name in _EXPLICIT if distributed[name] is not None}
     if jax.distributed.is_initialized():
@@ -71,7 +71,7 @@ def join(distributed: Mapping[str, Any], *, preemptible: bool) -> None:
     else:
         cluster = "config.distributed"
     timeout = distributed["start_timeout"]
-    # The first process waits for the others in any case
+    # Other processes only: the first one waits for the others in any case.
     if given.get("process_id") and given.get("coordinator"):
         _wait_for(distributed["coordinator"], timeout)
     jax.config.update("jax_enable_preemption_service", preemptible)
@@ -85,7 +85,7 @@ def join(distributed: Mapping[str, Any], *, preemptible: bool) -> None:
                 initialization_timeout=timeout + _MARGIN,
                 heartbeat_timeout_seconds=distributed["heartbeat_timeout"],
             )
-    except Exception as error:  # jax's own, those of MPI and of Kubernetes
+    except Exception as error:  # from JAX, MPI or Kubernetes
         reason = str(error).strip().partition("\n")[0][:300]
         passes = isinstance(error, jax.errors.JaxRuntimeError | OSError)
         kind = IncompleteGroupError if passes else GroupError
@@ -99,7 +99,7 @@ def join(distributed: Mapping[str, Any], *, preemptible: bool) -> None:
 
 @contextlib.contextmanager
 def _time_limit(seconds: float, cluster: str) -> Iterator[None]:
-    """Ends the program when the group has not come together in time, before jax aborts it."""
+    """End the program if the group is not complete in time, before JAX aborts it."""
 
     def end() -> None:
         print(
@@ -121,24 +121,28 @@ def _time_limit(seconds: float, cluster: str) -> Iterator[None]:
 
 
 def _cluster(environment: Mapping[str, str]) -> tuple[str, str | None] | None:
-    """Who started this process as one of several, and jax's name of the way to ask it where that
-    has to be chosen; None for a process that is alone."""
+    """Detect the system that started this process as one of several.
+
+    Returns:
+        The system's name for messages, and JAX's name for the detection method if it must be set
+        explicitly; None if the process runs alone.
+    """
 
     def more_than_one(name: str) -> bool:
         return environment.get(name, "1").strip() not in ("", "1")
 
-    # Of the step, not of the job: a shell in an allocation of four tasks is alone
+    # Count the tasks of the step, not the job: a shell in an allocation of four tasks runs alone.
     if "SLURM_PROCID" in environment and more_than_one("SLURM_STEP_NUM_TASKS"):
         return "Slurm", "slurm"
     if more_than_one("OMPI_COMM_WORLD_SIZE"):
-        # From version 5 on, Open MPI no longer says where its first process is
+        # Since version 5, Open MPI no longer provides the address of its first process.
         return "Open MPI", "ompi" if "OMPI_MCA_orte_hnp_uri" in environment else "mpi4py"
     if more_than_one("PMI_SIZE"):
         return "MPI", "mpi4py"
     hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES", "")
     if "," in hosts or more_than_one("MEGASCALE_NUM_SLICES"):
         return "the TPU pod", None
-    # jax sets the variable where there is no TPU chip; where there is one, the machine is asked
+    # JAX sets this variable if there is no TPU chip; if there is one, it queries the machine.
     if importlib.util.find_spec("libtpu") and "TPU_SKIP_MDS_QUERY" not in environment:
         return "the TPU pod", None
     indexed = "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment
@@ -148,7 +152,7 @@ def _cluster(environment: Mapping[str, str]) -> tuple[str, str | None] | None:
 
 
 def _wait_for(coordinator: str, timeout: float) -> None:
-    """Waits until process 0 listens. jax would end the program without an exception."""
+    """Wait until process 0 listens, since JAX would end the program without an exception."""
     host, _, port = coordinator.rpartition(":")
     end = time.monotonic() + timeout
     while True:
@@ -165,22 +169,22 @@ def _wait_for(coordinator: str, timeout: float) -> None:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes what is written once."""
+    """Return whether this is the process that writes the files that are written only once."""
     return jax.process_index() == 0
 
 
 def fetch(tree: Any) -> Any:
-    """A tree of arrays on one mesh as numpy arrays, whole, in every process; all have to ask."""
+    """Return a tree of arrays on one mesh as whole NumPy arrays; all processes must call this."""
     if jax.process_count() > 1:
         mesh = jax.tree.leaves(tree)[0].sharding.mesh
-        tree = _replicate(mesh)(tree)  # one program for all; jax's own way is one for each shape
+        tree = _replicate(mesh)(tree)  # one program for all; JAX's own would be one per shape
     return jax.device_get(tree)
 
 
 def gather(values: np.ndarray) -> jax.Array:
-    """Every process's values, `[processes, *values.shape]`; all have to ask for it.
+    """Gather the values of all processes, `[processes, *values.shape]`; all must call this.
 
-    Waiting for the answer is left to who reads it, as with any array on the devices.
+    It doesn't wait for the result: as with any array on the devices, reading it does.
     """
     mesh = _processes()
     layout = NamedSharding(mesh, PartitionSpec("process"))
@@ -189,7 +193,7 @@ def gather(values: np.ndarray) -> jax.Array:
 
 
 def union(numbers: Collection[int]) -> tuple[int, ...]:
-    """The numbers that any process has, in order; all have to ask for it."""
+    """Return the sorted union of the numbers of all processes, all of which must call this."""
     if jax.process_count() == 1:
         return tuple(sorted(numbers))
     theirs = _exchange(json.dumps(list(numbers)).encode())
@@ -197,13 +201,13 @@ def union(numbers: Collection[int]) -> tuple[int, ...]:
 
 
 def check_agreement(values: Mapping[str, Any]) -> None:
-    """Compares what all processes must have in common; all have to call it.
+    """Check that values are the same in all processes, all of which must call this.
 
     Args:
-        values: JSON values by what they are called, such as `config.seed`.
+        values: JSON values by name, such as `config.seed`.
 
     Raises:
-        GroupError: they differ from those of the first process. All processes raise it.
+        GroupError: values differ from those of the first process. All processes raise this error.
     """
     if jax.process_count() == 1:
         return
@@ -216,7 +220,7 @@ def check_agreement(values: Mapping[str, Any]) -> None:
 
 
 def _exchange(text: bytes) -> list[bytes]:
-    """Every process's text, in the order of the processes."""
+    """Return the texts of all processes, in the order of the processes."""
     lengths = np.asarray(gather(np.array([len(text)], np.int32)))[:, 0]
     padded = np.zeros(int(lengths.max()), np.uint8)
     padded[: len(text)] = np.frombuffer(text, np.uint8)

@@ -1,4 +1,4 @@
-"""Devices: the mesh, what is laid out where, and the way of a batch onto the devices."""
+"""The device mesh, the layout of arrays on it, and the transfer of batches to the devices."""
 
 import collections
 import contextlib
@@ -20,15 +20,15 @@ from vvt_jax.system.errors import UserError
 
 AXES = ("data", "fsdp", "spatial")
 _BATCH = PartitionSpec(("data", "fsdp"))
-_IMAGES = PartitionSpec(("data", "fsdp"), "spatial")  # rows of an image over "spatial"
+_IMAGES = PartitionSpec(("data", "fsdp"), "spatial")  # an image's rows are split over "spatial"
 _WITH_ROWS = ("image", "segmentation")  # arrays of a batch that have an image's rows
 _SIMULATING = "xla_force_host_platform_device_count"
-_PATIENCE = (  # of simulated devices, seconds
+_PATIENCE = (  # timeouts of simulated devices, in seconds
     "--xla_cpu_collective_call_warn_stuck_timeout_seconds=600",
     "--xla_cpu_collective_call_terminate_timeout_seconds=3600",
 )
-_IN_FLIGHT = 2  # batches that are on their way to the devices while one is computed
-_PROGRAMS_AHEAD = 2  # dispatched and not waited for; more would only hold batches
+_IN_FLIGHT = 2  # batches in transfer to the devices while one is computed
+_PROGRAMS_AHEAD = 2  # unfinished dispatched programs; more would only keep batches in memory
 
 
 def make_mesh(
@@ -38,16 +38,19 @@ def make_mesh(
     height: int | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """A mesh with the axes `AXES`.
+    """Make a device mesh with the axes `AXES`.
 
     Args:
-        sizes: devices along each axis; one of them may be -1, for all that are left.
-        batch_size: global; has to divide over the axes that share a batch.
-        height: of the images in pixels, if known; has to divide over the axis that shares them.
-        devices: by default all that jax sees.
+        sizes: the number of devices along each axis. One of them may be -1, for all remaining
+            devices.
+        batch_size: the global batch size, which must be divisible by the number of devices that
+            share a batch.
+        height: the height of the images in pixels, if known. It must be divisible by the number of
+            devices that share an image.
+        devices: the devices, by default all that JAX sees.
 
     Raises:
-        UserError: sizes that do not fit the devices, the batch or the images.
+        UserError: the sizes don't fit the devices, the batch or the images.
     """
     shape = [int(sizes[axis]) for axis in AXES]
     devices = jax.devices() if devices is None else devices
@@ -69,8 +72,8 @@ def make_mesh(
             f"config.batch_size={batch_size} does not divide over the {shape[0] * shape[1]} "
             "devices that share a batch (mesh data x fsdp)."
         )
-    # Of the images only: jax places arrays on devices in equal parts. `convolution.split_rows` lays
-    # out the model's maps, with any number of rows.
+    # This concerns only the images, because JAX places arrays on devices in equal parts. The
+    # model's feature maps may have any number of rows: `convolution.split_rows` lays them out.
     if height is not None and height % shape[2]:
         below = height - height % shape[2]
         near = [n for n in (below, below + shape[2]) if n >= SMALLEST_SIDE]
@@ -78,12 +81,12 @@ def make_mesh(
             f"config.data.size: {height} rows do not divide over the {shape[2]} devices that share "
             f"an image (mesh spatial); the nearest that do are {' and '.join(map(str, near))}."
         )
-    # linen's random streams want automatic axes; explicit ones are today's default
+    # Linen's random streams require automatic axes, while JAX now defaults to explicit ones.
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def abstract(mesh_shardings: Any, shapes: Any) -> Any:
-    """Shapes and dtypes with their shardings, two trees of one structure."""
+    """Combine a tree of shapes and dtypes with a tree of shardings of the same structure."""
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         shapes,
@@ -98,14 +101,14 @@ def compile_program(
     donate: tuple[int, ...] = (),
     out_shardings: Any = None,
 ) -> jax.stages.Compiled:
-    """Compiles a function for its arguments' mesh, with the forms and compiler options best there.
+    """Compile a function for the mesh of its arguments, with the best forms and compiler options.
 
     Args:
-        use: `"forward"` or `"train"`, see `forms.compiler_options`.
-        function: pure.
+        use: either `"forward"` or `"train"`, see `forms.compiler_options`.
+        function: a pure function.
         *arguments: trees of `jax.ShapeDtypeStruct` with shardings on one mesh.
-        donate: positions of the arguments whose memory the results take over.
-        out_shardings: of the results; by default the compiler's choice.
+        donate: the positions of the arguments whose buffers are donated to the results.
+        out_shardings: the shardings of the results, by default chosen by the compiler.
     """
     mesh = jax.tree.leaves(arguments)[0].sharding.mesh
     program = jax.jit(
@@ -119,7 +122,7 @@ def compile_program(
 
 
 def compiling_for(mesh: Mesh) -> contextlib.AbstractContextManager[forms.Forms]:
-    """`forms.compiling_for` with the platform of a mesh and how its devices share images."""
+    """Return `forms.compiling_for` for a mesh's platform and the way its devices share images."""
     return forms.compiling_for(
         mesh.devices.flat[0].platform,
         spatial=mesh.shape["spatial"],
@@ -128,7 +131,7 @@ def compiling_for(mesh: Mesh) -> contextlib.AbstractContextManager[forms.Forms]:
 
 
 def describe_mesh(mesh: Mesh) -> str:
-    """The mesh and the forms chosen for it, in a line."""
+    """Return one line that describes the mesh and the forms chosen for it."""
     with compiling_for(mesh) as chosen:
         told = ", ".join(f"{name} {form}" for name, form in dataclasses.asdict(chosen).items())
     axes = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
@@ -137,12 +140,13 @@ def describe_mesh(mesh: Mesh) -> str:
 
 
 def describe_rows(mesh: Mesh, height: int, strides: Sequence[int]) -> str | None:
-    """How the rows of a model's maps lie over the devices, if they do not divide evenly.
+    """Describe how the rows of a model's feature maps are split, if the split is uneven, else None.
 
     Args:
-        mesh: of the devices.
-        height: of the images, in pixels.
-        strides: of the model's maps, in pixels, each a multiple of the one before.
+        mesh: the mesh of devices.
+        height: the height of the images, in pixels.
+        strides: the strides of the model's feature maps, in pixels, each of them a multiple of the
+            previous one.
     """
     devices = mesh.shape["spatial"]
     if devices == 1 or height % (devices * strides[-1]) == 0:
@@ -167,7 +171,7 @@ def _listed(numbers: Sequence[int]) -> str:
 
 
 def layout_table(abstract_state: Any) -> list[tuple[str, str, str, int]]:
-    """Path, shape, partition and bytes on one device of every array of a state, in its order.
+    """Return the path, shape, partition and bytes per device of each array of a state, in order.
 
     Args:
         abstract_state: a tree of `jax.ShapeDtypeStruct` with shardings.
@@ -184,19 +188,19 @@ def layout_table(abstract_state: Any) -> list[tuple[str, str, str, int]]:
 
 
 def layout_report(abstract_state: Any, largest: int | None = None) -> str:
-    """`layout_table` as text, then the bytes of each part of the state, and of all, on a device.
+    """Format `layout_table` as text, with the bytes per device of each part and of the whole state.
 
     Args:
         abstract_state: a training state of `jax.ShapeDtypeStruct` with shardings.
-        largest: parameters that are listed, those that take most; by default all arrays of the
-            state, in their order.
+        largest: the number of parameters to list, beginning with the largest; by default, all
+            arrays of the state are listed in their order.
     """
     table = layout_table(abstract_state)
     sums: collections.Counter[str] = collections.Counter()
     for path, _, _, size in table:
         sums[path.partition("/")[0]] += size
     shown = table
-    if largest is not None:  # the optimizer's state lies as the parameters do
+    if largest is not None:  # the optimizer state has the same layout
         parameters = [row for row in table if row[0].startswith("params/")]
         shown = sorted(parameters, key=lambda row: -row[3])[:largest]
     lines = [("array", "shape", "partition", "bytes a device")]
@@ -212,9 +216,9 @@ def layout_report(abstract_state: Any, largest: int | None = None) -> str:
 
 
 def simulate_devices(count: int) -> None:
-    """Lets a CPU stand for so many devices, unless `XLA_FLAGS` says how many it is.
+    """Make a CPU simulate `count` devices, unless `XLA_FLAGS` already sets their number.
 
-    Has to come before the first use of jax's devices; later it does nothing.
+    Call this before the first use of JAX's devices; after that, it has no effect.
     """
     if _SIMULATING not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # in use already
@@ -223,11 +227,11 @@ def simulate_devices(count: int) -> None:
 
 
 def give_simulated_devices_time() -> None:
-    """Lets devices that share a CPU wait for one another for an hour instead of 40 seconds.
+    """Let devices that share a CPU wait for one another for an hour instead of 40 seconds.
 
-    XLA ends the program where one of them is that late, as with large images and few cores they all
-    are. Does nothing where no devices are simulated, or where `XLA_FLAGS` says how long; has to
-    come before the first use of jax's devices.
+    XLA ends the program if one of them takes longer, which always happens with large images and few
+    cores. This does nothing if no devices are simulated, and keeps timeouts that `XLA_FLAGS`
+    already sets. Call it before the first use of JAX's devices.
     """
     given = os.environ.get("XLA_FLAGS", "")
     if _SIMULATING in given or jax.config.values["jax_num_cpu_devices"] > 1:
@@ -236,9 +240,10 @@ def give_simulated_devices_time() -> None:
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:
-    """A tree of shardings for a state: each array's largest dimension that divides, over "fsdp".
+    """Return a tree of shardings that split each array of a state over "fsdp".
 
-    The first dimension of stacked blocks, which the model scans over, is left whole.
+    An array is split along its largest dimension that divides evenly, and replicated if there is
+    none. The first dimension of stacked blocks, which the model scans over, is never split.
     """
 
     def sharding(path, leaf) -> NamedSharding:
@@ -257,12 +262,15 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The layout of what is whole on every device."""
+    """Return the sharding of arrays that are replicated on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_shardings(mesh: Mesh, batch: Iterable[str]) -> dict[str, NamedSharding]:
-    """Shardings for the named arrays of a batch: examples over data and fsdp, rows over spatial."""
+    """Return shardings for the named arrays of a batch.
+
+    Examples are split over data and fsdp, and the rows of images over spatial.
+    """
     return {
         name: NamedSharding(mesh, _IMAGES if name.startswith(_WITH_ROWS) else _BATCH)
         for name in batch
@@ -272,7 +280,7 @@ def batch_shardings(mesh: Mesh, batch: Iterable[str]) -> dict[str, NamedSharding
 def abstract_batch(
     mesh: Mesh, arrays: Mapping[str, tuple[tuple[int, ...], Any]]
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch to compile for: the shape and dtype of each array, with its sharding."""
+    """Return a batch to compile for, from the shape and dtype of each array."""
     shardings = batch_shardings(mesh, arrays)
     return {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=shardings[name])
@@ -281,15 +289,17 @@ def abstract_batch(
 
 
 def abstract_like(arrays: Any) -> Any:
-    """Shapes, dtypes and shardings of arrays that are on the devices."""
+    """Return the shapes, dtypes and shardings of arrays that are on the devices."""
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), arrays
     )
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """Which examples of a global batch the devices of this process hold, whole or in part: int
-    `[examples]`, rising."""
+    """Return the indices of a global batch's examples that this process's devices hold.
+
+    This includes examples that they hold only in part. The result is int `[examples]`, ascending.
+    """
     pieces = NamedSharding(mesh, _BATCH).addressable_devices_indices_map((batch_size,)).values()
     return np.unique([np.arange(batch_size)[piece] for piece in pieces])
 
@@ -297,12 +307,13 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 def to_devices(
     batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh, batch_size: int | None = None
 ) -> Iterator[dict[str, jax.Array]]:
-    """Puts batches on the devices, some ahead of their use, so that transfers hide behind steps.
+    """Transfer batches to the devices ahead of their use, to overlap transfers with computation.
 
     Args:
-        batches: of each global batch the examples `local_rows(mesh, batch_size)`.
-        mesh: of the devices, also those of other processes.
-        batch_size: global; None where every process gives all of its examples.
+        batches: the examples `local_rows(mesh, batch_size)` of each global batch.
+        mesh: the mesh of devices, including those of other processes.
+        batch_size: the global batch size, or None if every process provides all examples of each
+            batch.
     """
 
     def put(batch):
@@ -333,22 +344,22 @@ def to_devices(
 
 
 class Dispatched:
-    """The results of dispatched programs that were not waited for yet, of which there are few.
+    """A short queue of results from dispatched programs that may not have finished yet.
 
-    Each program holds its batch until it has run, and simulated devices deadlock when many programs
-    that communicate wait for the same threads.
+    It is kept short because each program holds its batch until it has run, and because simulated
+    devices deadlock when many communicating programs wait for the same threads.
     """
 
     def __init__(self) -> None:
         self._results: collections.deque[Any] = collections.deque()
 
     def add(self, result: Any) -> list[Any]:
-        """Adds a result, waits until only two are left, and returns those that are done, if any."""
+        """Add a result, wait until at most two are left, and return those that are done, if any."""
         self._results.append(result)
         return self._wait(_PROGRAMS_AHEAD)
 
     def finish(self) -> list[Any]:
-        """Waits for all results and returns those that `add` has not returned, in their order."""
+        """Wait for all results, and return those that `add` has not returned, in order."""
         return self._wait(0)
 
     def _wait(self, left: int) -> list[Any]:

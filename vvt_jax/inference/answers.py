@@ -1,4 +1,4 @@
-"""What `predict` says of an image, in each of its formats."""
+"""The output of `predict` for an image, in each of its formats."""
 
 import csv
 import dataclasses
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Areas:
-    """The classes of an image's pixels, the largest first.
+    """The classes of an image's pixels, in order of decreasing area.
 
     Attributes:
-        labels: the classes' numbers, from 0.
-        names: their names.
-        shares: of the image's pixels, from 0 to 1.
+        labels: the indices of the classes, from 0.
+        names: the names of the classes.
+        shares: the fraction of the image's pixels in each class, from 0 to 1.
     """
 
     labels: tuple[int, ...]
@@ -39,7 +39,7 @@ def _table(image: str, answer: Answer) -> str:
 
 
 def escaped(text: str) -> str:
-    """Without what would break the line, or act on a terminal, as a name of a file may."""
+    """Escape characters, as in file names, that would break the line or control a terminal."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", lambda found: ascii(found[0])[1:-1], text)
 
 

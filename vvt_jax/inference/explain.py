@@ -1,7 +1,7 @@
 """Where a model looks: class maps (Grad-CAM), and what a patch attends to.
 
-Functions return arrays; `overlay` and those that begin with `draw_` make pictures of them and need
-matplotlib (the extra `charts`).
+The functions return arrays; `overlay` and the functions whose names begin with `draw_` turn them
+into pictures and need matplotlib (the extra `charts`).
 """
 
 import dataclasses
@@ -23,10 +23,10 @@ from vvt_jax.system.errors import MissingPackageError, UserError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_MOST_PATCHES = 4096  # of a map whose weights are made explicit: their number is its square
-_LEAST_SIDE = 224  # pixels of an overlay; smaller images are enlarged by a whole number
-_LEAST_PLACES = 4  # of a side of a class map: with fewer it says little
-_OPACITY = 0.7  # of the colour where a map is highest
+_MOST_PATCHES = 4096  # of a map, whose number of attention weights is the square of this
+_LEAST_SIDE = 224  # pixels per side of an overlay; smaller images are enlarged by a whole factor
+_LEAST_PLACES = 4  # per side of a class map: one with fewer says little
+_OPACITY = 0.7  # of the colour at the maximum of a map
 
 
 def class_maps(
@@ -37,23 +37,25 @@ def class_maps(
     stage: int | None = None,
     size: Size | None = None,
 ) -> np.ndarray:
-    """How much each place of a stage's map speaks for a class.
+    """Compute how strongly each position of a stage's feature map supports a class.
 
-    Source: Selvaraju et al., "Grad-CAM", arXiv 1610.02391: the map's channels, weighted by the mean
-    of the class's logit's gradient, summed, and what is negative left out.
+    Source: Selvaraju et al., "Grad-CAM", arXiv 1610.02391: the channels of the map are weighted by
+    the spatial mean of the gradient of the class's logit and summed, and negative values are set
+    to 0.
 
     Args:
-        predictor: whose model has a classifier.
-        images: one, or several.
-        labels: the class, of all images or of each; by default each image's most probable one.
-        stage: 1 to 4; by default `default_stage`.
-        size: of the model's input, pixels; by default the card's.
+        predictor: a predictor whose model has a classifier.
+        images: one image, or several.
+        labels: one class for all images, or one for each; by default each image's most probable
+            class.
+        stage: the stage, 1 to 4; by default `default_stage`.
+        size: height and width of the model's input, in pixels; by default the card's.
 
     Returns:
-        `[images, h, w]`, float32, 0 and more, in the logit's units.
+        Maps `[images, h, w]`, float32, non-negative, in units of the logit.
 
     Raises:
-        UserError: no classifier, or a stage or label that the model does not have.
+        UserError: the model has no classifier, or does not have that stage or label.
     """
     predictor.check_classifier()
     function = class_map_of(default_stage(predictor, size) if stage is None else stage)
@@ -68,7 +70,10 @@ def class_maps(
 
 
 def default_stage(predictor: Predictor, size: Size | None = None) -> int:
-    """The last stage whose map has 4 places a side or more: the fourth from 97 pixels up."""
+    """Return the last stage whose map has 4 or more positions per side.
+
+    With the published strides, that is the fourth stage from 97 pixels up.
+    """
     side, stages = min(predictor.size if size is None else size), 1
     for stage, stride in enumerate(predictor.model.patch_strides, 1):
         side = -(-side // stride)
@@ -77,10 +82,13 @@ def default_stage(predictor: Predictor, size: Size | None = None) -> int:
     return stages
 
 
-@functools.cache  # programs are known by their function, so that there is one for each stage
+@functools.cache  # programs are cached by function, so each stage needs a single one
 def class_map_of(stage: int) -> Function:
-    """A function for `Predictor.apply` and `run`: logits `[batch, num_classes]` and class maps
-    `[batch, h, w]` of that stage, of given labels `[batch]` or of the most probable classes."""
+    """Return a function for `Predictor.apply` and `run` that computes the class maps of a stage.
+
+    It returns logits `[batch, num_classes]` and class maps `[batch, h, w]`, either for given labels
+    `[batch]` or for the most probable classes.
+    """
     _check_stage(stage)
 
     def logits_and_maps(model, variables, images, labels=None):
@@ -99,7 +107,7 @@ def class_map_of(stage: int) -> Function:
 
 
 def _until(model: VVT, images: jax.Array, stage: int) -> jax.Array:
-    """The map of a stage, as `VVT.features` has it."""
+    """Return the feature map of a stage, as `VVT.features` does."""
     x = images.astype(model.dtype)
     for i in range(1, stage + 1):
         x = getattr(model, f"stage{i}")(x, None)
@@ -107,7 +115,7 @@ def _until(model: VVT, images: jax.Array, stage: int) -> jax.Array:
 
 
 def _onward(model: VVT, x: jax.Array, stage: int) -> jax.Array:
-    """Logits from the map of a stage."""
+    """Return the logits, given the feature map of a stage."""
     for i in range(stage + 1, 5):
         x = getattr(model, f"stage{i}")(x, None)
     return model.head(x.mean((1, 2), dtype=jnp.float32))
@@ -118,13 +126,14 @@ class PatchAttention:
     """What one patch attends to in one block.
 
     Attributes:
-        patch: its row and column in the stage's map.
-        weights: `[heads, h, w]`, float32: the share that each patch's value has in its output. They
-            sum to 1 up to the 1e-4 in the denominator (to 0 where nothing matches).
-        without_locality: the same for the same queries and keys with every locality 1; None for
-            softmax attention, which has none.
-        clamp_error: the published clamps act on sums over patches and so have no weights of their
-            own: how far the output by these weights is from the model's, relative to its norm.
+        patch: row and column of the patch in the stage's map.
+        weights: `[heads, h, w]`, float32: the share of each patch's value in the output of this
+            patch. They sum to 1, up to the 1e-4 in the denominator (or to 0 where nothing matches).
+        without_locality: the weights for the same queries and keys if every locality were 1; None
+            for softmax attention, which has no locality.
+        clamp_error: distance between the output computed with these weights and the model's,
+            relative to the norm of the latter. The published clamps act on sums over patches, so
+            the weights can't represent them.
     """
 
     patch: tuple[int, int]
@@ -142,18 +151,18 @@ def patch_attention(
     block: int = -1,
     size: Size | None = None,
 ) -> PatchAttention:
-    """The weights of a patch in a block's attention, which linear attention never makes.
+    """Compute a patch's attention weights in a block, which linear attention never makes explicit.
 
     Args:
-        predictor: any, with vicinity or softmax attention.
-        image: one.
-        patch: row and column in the stage's map; at most 4,096 patches.
-        stage: 1 to 4.
-        block: of the stage, from 0; negative ones count from the last.
-        size: of the model's input, pixels; by default the card's.
+        predictor: any predictor, with vicinity or softmax attention.
+        image: a single image.
+        patch: row and column in the stage's map, which may have at most 4,096 patches.
+        stage: the stage, 1 to 4.
+        block: the block of the stage, counted from 0; negative numbers count from the last.
+        size: height and width of the model's input, in pixels; by default the card's.
 
     Raises:
-        UserError: a stage, block or patch that is not there, or a map with too many patches.
+        UserError: the stage, block or patch does not exist, or the map has too many patches.
     """
     _check_stage(stage)
     model = predictor.model
@@ -173,7 +182,7 @@ def patch_attention(
         raise UserError(
             f"There is no patch {row}, {column}: the map of stage {stage} is {height}x{width}."
         )
-    # A row of the weights is picked here: a program for each patch would be compiled otherwise.
+    # The patch is an argument, since otherwise a program would be compiled for each patch.
     index = np.array([row * width + column], np.int32)
     weights, plain, by_weights, by_model = predictor.apply(
         _patch_weights(stage, block % depth), [image], index, size=size
@@ -192,7 +201,7 @@ def patch_attention(
 @functools.cache
 def _patch_weights(stage: int, block: int) -> Function:
     def weights_of(model, variables, images, index):
-        # One image is real, and the others of the batch would take as much memory each.
+        # Only the first image is real; each padded one would take just as much memory.
         images, index = images[:1], index[0]
         names = ("query", "key", "value")
         place = (f"stage{stage}", f"block{block}", "attention")
@@ -235,17 +244,17 @@ def _patch_weights(stage: int, block: int) -> Function:
 
 
 def _softmax_weights(query: jax.Array, key: jax.Array) -> jax.Array:
-    """`[batch, heads, n, n]`, float32."""
+    """Return softmax attention weights `[batch, heads, n, n]`, float32."""
     q, k = (x.astype(jnp.float32).reshape(x.shape[0], -1, *x.shape[3:]) for x in (query, key))
     return jax.nn.softmax(jnp.einsum("binc,bjnc->bnij", q, k) / np.sqrt(q.shape[-1]))
 
 
 def overlay(image: np.ndarray, heat: np.ndarray) -> PIL.Image.Image:
-    """A map in colour over its image, opaque in proportion to its values.
+    """Draw a map in colour over its image, with an opacity proportional to its values.
 
     Args:
-        image: what the model saw, uint8 `[height, width, 3]`; a small one is enlarged.
-        heat: `[h, w]`, 0 and more, of any size; it is stretched over the image.
+        image: the image as the model saw it, uint8 `[height, width, 3]`; a small one is enlarged.
+        heat: a non-negative map `[h, w]` of any size, which is stretched over the image.
 
     Raises:
         MissingPackageError: matplotlib is not installed.
@@ -271,12 +280,13 @@ def overlay(image: np.ndarray, heat: np.ndarray) -> PIL.Image.Image:
 def draw_class_maps(
     images: np.ndarray, maps: np.ndarray, titles: Sequence[str] | None = None
 ) -> "Figure":
-    """Images above their overlays.
+    """Draw images above their overlays.
 
     Args:
-        images: what the model saw, uint8 `[images, height, width, 3]` (`Predictor.pixels`).
-        maps: of `class_maps`.
-        titles: of the images.
+        images: the images as the model saw them, uint8 `[images, height, width, 3]` (see
+            `Predictor.pixels`).
+        maps: the maps that `class_maps` returns.
+        titles: a title for each image.
 
     Raises:
         MissingPackageError: matplotlib is not installed.
@@ -293,12 +303,14 @@ def draw_class_maps(
 
 
 def draw_patch_attention(image: np.ndarray, shown: PatchAttention) -> "Figure":
-    """The image with the patch marked, and its weights, the mean over heads: with and without
-    locality in units of an even share, and the ratio of the two.
+    """Draw the image with the patch marked, next to its attention weights averaged over the heads.
+
+    The weights are shown with and without locality, as multiples of a uniform share, along with the
+    ratio of the two.
 
     Args:
-        image: what the model saw, uint8 `[height, width, 3]`.
-        shown: of `patch_attention`.
+        image: the image as the model saw it, uint8 `[height, width, 3]`.
+        shown: the attention that `patch_attention` returns.
 
     Raises:
         MissingPackageError: matplotlib is not installed.
@@ -332,7 +344,7 @@ def draw_patch_attention(image: np.ndarray, shown: PatchAttention) -> "Figure":
         axes = figure.add_subplot(1, 1 + len(panels), i)
         drawn = axes.imshow(values, **shades)
         axes.set_title(title, fontsize=10)
-        axes.set_facecolor("0.5")  # places without any weight
+        axes.set_facecolor("0.5")  # shows where there is no weight at all
         _mark(axes, shown.patch, 1, 1)
         figure.colorbar(drawn, ax=axes, label=label, fraction=0.046)
     _without_ticks(figure)
@@ -347,7 +359,11 @@ def _mark(axes: Any, patch: tuple[int, int], tall: float, wide: float) -> None:
 
 
 def check_matplotlib() -> None:
-    """Raises MissingPackageError where it is not installed."""
+    """Check that matplotlib is installed.
+
+    Raises:
+        MissingPackageError: it is not.
+    """
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingPackageError("Pictures need matplotlib: pip install 'vvt_jax[charts]'.")
 

@@ -1,4 +1,4 @@
-"""A model as an ONNX file: program and weights, for runtimes that know nothing of JAX."""
+"""Export of a model, program and weights, as an ONNX file for runtimes without JAX."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,16 +20,18 @@ def export_onnx(
     size: tuple[int, int],
     batch: int,
 ) -> tuple[bytes, dict[str, Any]]:
-    """The forward pass with its weights: input "images", output "logits".
+    """Convert the forward pass with its weights to ONNX: input "images", output "logits".
+
+    The converter supports neither a symbolic size nor a symbolic batch.
 
     Args:
-        model: of any fields, float32.
-        variables: what `model.apply` takes.
-        size: height and width of the images.
-        batch: images a call; the converter can leave neither open.
+        model: a model with any fields that computes in float32.
+        variables: the variables that `model.apply` takes.
+        size: height and width of the images, in pixels.
+        batch: the number of images per call.
 
     Returns:
-        The file's content, and what is to be told of it.
+        The content of the file, and the description that goes into FILE.json.
 
     Raises:
         UserError: the converter is not installed, or the model computes in another dtype.
@@ -49,13 +51,13 @@ def export_onnx(
 
     own = unstack_blocks(variables)
     shape = (batch, *size, 3)
-    # A runtime has a kernel for grouped convolutions, and none for nine shifts.
+    # ONNX runtimes have a kernel for grouped convolutions, but none for a sum of nine shifts.
     with forms.use(depthwise="grouped", attention="concatenated", gelu="kept"):
         traced = jax.make_jaxpr(lambda images: model.apply(own, images))(
             jax.ShapeDtypeStruct(shape, jnp.float32)
         )
 
-    def forward(images):  # operations alone: the converter knows no linen module as old as VVT's
+    def forward(images):  # only operations: the converter does not support linen modules like VVT
         return jax.core.eval_jaxpr(traced.jaxpr, traced.consts, images)[0]
 
     proto = jax2onnx.to_onnx(

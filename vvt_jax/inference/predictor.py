@@ -1,4 +1,4 @@
-"""Predictions, features and whatever else a model gives for images as they are on disk."""
+"""Predictions, features and other outputs of a model for images as they are on disk."""
 
 import collections
 import concurrent.futures
@@ -25,22 +25,22 @@ from vvt_jax.weights.inference_settings import plain_inference
 
 ImageLike: TypeAlias = str | os.PathLike | PIL.Image.Image | np.ndarray
 Size: TypeAlias = tuple[int, int]  # height, width in pixels
-# Of the model, its variables, normalised images [batch, height, width, 3] and further arrays
-# [batch, ...], a tree of arrays [batch, ...].
+# Takes the model, its variables, normalised images [batch, height, width, 3] and further arrays
+# [batch, ...], and returns a tree of arrays [batch, ...].
 Function: TypeAlias = Callable[..., Any]
 
-_LARGEST_OF_CARD = 2**22  # pixels, 2048 x 2048; what is larger must be asked for
-_LARGEST_INPUT = 2**26  # pixels of the model's input, 8192 x 8192; more is a damaged card
+_LARGEST_OF_CARD = 2**22  # pixels, 2048 x 2048; larger inputs need an explicit size
+_LARGEST_INPUT = 2**26  # pixels of the model's input, 8192 x 8192; a card with more is damaged
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """The most probable classes of an image, the best first.
+    """The most probable classes of an image, in order of decreasing probability.
 
     Attributes:
-        labels: the classes' numbers, from 0.
-        names: their names.
-        probabilities: from 0 to 1, the softmax of the logits.
+        labels: the indices of the classes, from 0.
+        names: the names of the classes.
+        probabilities: the softmax of the logits, from 0 to 1.
     """
 
     labels: tuple[int, ...]
@@ -49,38 +49,41 @@ class Prediction:
 
 
 class Predictor:
-    """A model that takes images as they are on disk.
+    """A model that can be applied to images as they are on disk.
 
         predictor = vvt_jax.Predictor("runs/digits/model")
         predictor("seven.png")[0].names[0]
 
     Images are paths, PIL images or uint8 arrays `[height, width]` or `[height, width, 1 or 3]`,
-    one or several, of any sizes. They are turned upright as their EXIF orientation says and then
-    prepared as evaluation does. Files have one of the formats in `vvt_jax.data.image_files`; 16
-    bits, grey, CMYK and palettes are brought to RGB, and transparent parts are shown on white.
+    one or several, of any size. They are turned upright by their EXIF orientation and then
+    preprocessed as in evaluation. Files can have any of the formats in `vvt_jax.data.image_files`;
+    16-bit, grey, CMYK and palette images are converted to RGB, and transparent parts are shown on
+    white.
 
-    Whatever the number of images, a kind of result is compiled once for each input size: batches
-    are filled up. They are shared by all devices of this process.
+    Batches are padded to the full batch size, so that each kind of result is compiled only once per
+    input size, whatever the number of images. A batch is split across all devices of this process.
 
     Attributes:
         model: the linen module.
-        variables: as `model.apply` takes them, blocks taken apart (see `models.unstack_blocks`).
+        variables: the variables that `model.apply` takes, with the blocks unstacked (see
+            `models.unstack_blocks`).
         card: the model's card.
         class_names: a name for each class, `class N` where the card has none.
-        batch_size: images a call of the compiled program.
+        batch_size: the number of images per call of the compiled program.
 
     Args:
-        source: what `load_pretrained` takes, or the three things that it returns.
-        name: as for `load_pretrained`.
-        batch_size: rounded up to a multiple of the devices.
-        class_names: in place of the card's.
-        **fields: of the model, as for `load_pretrained`.
+        source: anything that `load_pretrained` takes, or the three values that it returns.
+        name: the name of the model, as for `load_pretrained`.
+        batch_size: the number of images per call, rounded up to a multiple of the number of
+            devices.
+        class_names: names to use instead of the card's, one for each class.
+        **fields: model fields to override, as for `load_pretrained`.
 
     Raises:
-        UserError: weights that can't be loaded, or a card without (or with unusable) preprocessing
-            or class names.
-        ValueError: a field that the model does not have, or any for a loaded model, or a batch size
-            below 1.
+        UserError: the weights can't be loaded, the card's preprocessing is missing or unusable, or
+            the class names do not fit the model.
+        ValueError: a field does not exist in the model, a name or field is given with a loaded
+            model, or the batch size is below 1.
     """
 
     def __init__(
@@ -117,10 +120,10 @@ class Predictor:
 
     @property
     def size(self) -> Size:
-        """Height and width of the model's input as the card has it, in pixels.
+        """Height and width of the model's input in pixels, as given in the card.
 
         Raises:
-            UserError: they are so large that a small file would ask for gigabytes of memory.
+            UserError: the input is so large that it would take gigabytes of memory.
         """
         height, width = self._record["size"]
         if height * width > _LARGEST_OF_CARD:
@@ -132,39 +135,47 @@ class Predictor:
         return int(height), int(width)
 
     def __call__(self, images: ImageLike | Iterable[ImageLike], top: int = 5) -> list[Prediction]:
-        """The `top` most probable classes of each image, or all where there are fewer.
+        """Return the `top` most probable classes of each image, or all if there are fewer.
 
         Raises:
-            BrokenImageError: a file that can't be decoded.
+            BrokenImageError: a file can't be decoded.
             UserError: the model has no classifier.
-            ValueError: an image of another kind.
+            ValueError: an image is of an unsupported kind.
         """
         return [self.describe(row, top) for row in self.logits(images)]
 
     def logits(self, images: ImageLike | Iterable[ImageLike]) -> np.ndarray:
-        """`[images, num_classes]`, float32; errors as for a call."""
+        """Return logits `[images, num_classes]`, float32; raises the same errors as a call."""
         self.check_classifier()
         return self.apply(logits_of, images)
 
     def pooled(
         self, images: ImageLike | Iterable[ImageLike], size: Size | None = None
     ) -> np.ndarray:
-        """Features that the classifier sees, the last map's mean: `[images, channels]`, float32.
+        """Return the features that a classifier sees: the mean of the last feature map.
 
         Args:
-            images: see the class.
-            size: height and width of the model's input, pixels; by default the card's.
+            images: the images, see the class.
+            size: height and width of the model's input, in pixels; by default the card's.
+
+        Returns:
+            Features `[images, channels]`, float32.
         """
         return self.apply(pooled_of, images, size=size)
 
     def features(
         self, images: ImageLike | Iterable[ImageLike], size: Size | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """The four maps `[images, h, w, channels]`, see `VVT.features`; arguments as `pooled`."""
+        """Return the four feature maps `[images, h, w, channels]`, see `VVT.features`.
+
+        Args:
+            images: the images, see the class.
+            size: height and width of the model's input, in pixels; by default the card's.
+        """
         return self.apply(features_of, images, size=size)
 
     def describe(self, logits: np.ndarray, top: int = 5) -> Prediction:
-        """The most probable classes by an image's logits `[num_classes]`."""
+        """Return the `top` most probable classes, given the logits `[num_classes]` of one image."""
         shares = np.exp(logits.astype(np.float64) - logits.max())
         shares /= shares.sum()
         order = np.argsort(-shares, kind="stable")[:top]
@@ -175,7 +186,11 @@ class Predictor:
         )
 
     def check_classifier(self) -> None:
-        """Raises UserError where the model has none."""
+        """Check that the model is a classifier of images.
+
+        Raises:
+            UserError: it is a segmenter, or has no classes.
+        """
         if isinstance(self.model, Segmenter):
             raise UserError(
                 "The model labels pixels, not images: vvt_jax.segment.segment_image uses it."
@@ -190,18 +205,23 @@ class Predictor:
         *arrays: np.ndarray,
         size: Size | None = None,
     ) -> Any:
-        """What a function of the model gives for images, batch by batch.
+        """Apply a function of the model to images, batch by batch.
 
         Args:
-            function: of the model, its variables, normalised images `[batch, height, width, 3]` and
-                a batch of each further array, a tree of arrays `[batch, ...]`. It is compiled once
-                for each size; the same function is known by its identity.
-            images: see the class.
-            *arrays: further arguments, `[images, ...]`.
-            size: of the model's input, pixels; by default the card's.
+            function: takes the model, its variables, normalised images `[batch, height, width, 3]`
+                and a batch of each further array, and returns a tree of arrays `[batch, ...]`. It
+                is compiled once for each input size; functions are distinguished by identity.
+            images: the images, see the class.
+            *arrays: further arguments of the function, `[images, ...]`.
+            size: height and width of the model's input, in pixels; by default the card's.
 
         Returns:
-            The tree with numpy arrays `[images, ...]`.
+            The tree that the function returns, with NumPy arrays `[images, ...]`.
+
+        Raises:
+            BrokenImageError: a file can't be decoded.
+            UserError: the output of the model is not finite.
+            ValueError: there are no images, or one is of an unsupported kind.
         """
         prepared = (self._raise(pixels) for _, pixels in self.read(several(images), size))
         results = []
@@ -216,11 +236,11 @@ class Predictor:
     def pixels(
         self, images: ImageLike | Iterable[ImageLike], size: Size | None = None
     ) -> np.ndarray:
-        """What the model sees of images before they are normalised: uint8 `[images, h, w, 3]`."""
+        """Return images as the model sees them before normalisation, uint8 `[images, h, w, 3]`."""
         return np.stack([self._raise(pixels) for _, pixels in self.read(several(images), size)])
 
     def run(self, function: Function, pixels: np.ndarray, *arrays: np.ndarray) -> Any:
-        """The same for one batch that `read` prepared: uint8 `[up to batch_size, h, w, 3]`."""
+        """Apply a function to one batch from `read`, uint8 `[up to batch_size, h, w, 3]`."""
         count = len(pixels)
 
         def fill(array: np.ndarray) -> np.ndarray:
@@ -231,14 +251,20 @@ class Predictor:
         if key not in self._programs:
             self._programs[key] = self._compile(function, filled)
         result = jax.device_get(self._programs[key](filled))
-        return jax.tree.map(lambda array: array[:count], result)
+        result = jax.tree.map(lambda array: array[:count], result)
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result)):
+            raise UserError(
+                "The model's answer is not finite: its weights or its preprocessing are unfit."
+            )
+        return result
 
     def read(
         self, images: Iterable[ImageLike], size: Size | None = None
     ) -> Iterator[tuple[ImageLike, np.ndarray | BrokenImageError]]:
-        """Images as `run` takes them, uint8 `[height, width, 3]`, in order; or why one is broken.
+        """Yield each image with its pixels as `run` takes them, uint8 `[height, width, 3]`.
 
-        Threads prepare some ahead of their use.
+        The images come in order; for a broken one, the error takes the place of the pixels. Threads
+        prepare some images in advance.
         """
         height, width = self.size if size is None else size
         if min(height, width) < SMALLEST_SIDE:
@@ -272,11 +298,11 @@ class Predictor:
 
     def _compile(self, function: Function, arrays: Sequence[np.ndarray]) -> Callable[..., Any]:
         def program(variables, pixels, *rest):
-            # As evaluation does, and not on the host: the same bits reach the model.
+            # On the device, as in evaluation, so that the model gets bit-identical inputs.
             images = preprocess.normalize(pixels, self._record)
             return function(self.model, variables, images, *rest)
 
-        # Only what is called "image" is shared by rows, and here nothing is.
+        # Only an array named "image" would be split along its rows, so none has that name.
         names = [str(i) for i in range(len(arrays))]
         shardings = sharding.batch_shardings(self._mesh, names).values()
         shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays]
@@ -300,7 +326,7 @@ def pooled_of(model: VVT, variables: Any, images: Any) -> Any:
 
 
 def several(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:
-    """The images, also where one alone was given."""
+    """Return several images as they are, and a single one as a list of one."""
     one = isinstance(images, str | os.PathLike | PIL.Image.Image) or (
         isinstance(images, np.ndarray) and images.ndim < 4
     )
@@ -314,7 +340,11 @@ def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 def read_upright(path: str) -> PIL.Image.Image:
-    """The RGB image in a file, turned as its EXIF orientation says, or BrokenImageError."""
+    """Read the RGB image in a file, turned upright according to its EXIF orientation.
+
+    Raises:
+        BrokenImageError: the file can't be decoded.
+    """
     return decode(path, path, upright=True)
 
 
@@ -330,7 +360,15 @@ def _prepare(image: ImageLike, record: Mapping[str, Any]) -> np.ndarray:
 
 
 def _preprocessing(card: Mapping[str, Any], told: str) -> dict[str, Any]:
-    """The card's record; UserError where it is missing or can't be meant, of the model so told."""
+    """Return the preprocessing record of a card.
+
+    Args:
+        card: the card of the model.
+        told: how error messages name the model.
+
+    Raises:
+        UserError: the record is missing or unusable.
+    """
     if not isinstance(card, Mapping) or not card.get("preprocessing"):
         raise UserError(
             f"{told} has a card without preprocessing, so nobody knows how it takes images: save "
@@ -351,7 +389,7 @@ def _preprocessing(card: Mapping[str, Any], told: str) -> dict[str, Any]:
 
 
 def _check_views(card: Mapping[str, Any], told: str) -> None:
-    """Refuses a segmenter's card that would take gigabytes of memory for each image."""
+    """Refuse a segmenter's card whose settings would take gigabytes of memory per image."""
     inference = card.get("inference") or plain_inference(card["preprocessing"])
     side = inference["short_side"] * max(inference["scales"])
     if side**2 > _LARGEST_OF_CARD:
@@ -364,7 +402,7 @@ def _check_views(card: Mapping[str, Any], told: str) -> None:
 def _class_names(
     card: Mapping[str, Any], given: Sequence[str] | None, num_classes: int
 ) -> tuple[str, ...]:
-    """A name for each class of the model."""
+    """Return a name for each class of the model: the given one, the card's, or `class N`."""
     if given is not None and len(given) != num_classes:
         raise UserError(f"{len(given)} class names do not fit the model's {num_classes} classes.")
     names = card.get("class_names") or [] if given is None else given

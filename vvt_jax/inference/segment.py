@@ -1,10 +1,11 @@
-"""Whole images through a segmenter: at once, in sliding windows, at several sizes and mirrored.
+"""Segmentation of whole images: at once, in sliding windows, at several sizes and mirrored.
 
-How is in the model's card, see `vvt_jax.weights.inference_settings`; without it, once and whole.
+The settings are in the model's card, see `vvt_jax.weights.inference_settings`; without them, the
+whole image is processed once.
 
-Where there are several views, their probabilities are averaged. The images' sides are rounded to
-multiples of 32 pixels, so that a program is compiled for each of few sizes; what it gives is
-interpolated to the size that the image has itself.
+If an image has several views, their probabilities are averaged. The sides of the views are rounded
+to multiples of 32 pixels, so that programs are compiled for a few sizes only; their output is
+interpolated to the original size of the image.
 """
 
 import functools
@@ -29,10 +30,11 @@ Scores = Callable[[Any, Mapping[str, jax.Array]], jax.Array]
 def make_scores(
     model: VVT, preprocessing: Mapping[str, Any], inference: Mapping[str, Any]
 ) -> Scores:
-    """A pure function for `jax.jit`: of variables and an image's views, uint8 `[batch, h, w, 3]` by
-    name, makes scores `[batch, h, w, num_classes]` at the first view's size, float32.
+    """Return a pure function for `jax.jit` that computes the scores of images.
 
-    Of one view they are logits, of several ones logarithms of averaged probabilities.
+    It takes the variables and the views of the images by name, uint8 `[batch, h, w, 3]`, and
+    returns scores `[batch, h, w, num_classes]`, float32, at the size of the first view. The scores
+    are logits if there is one view, and logarithms of averaged probabilities if there are several.
     """
 
     def look(variables: Any, pixels: jax.Array) -> jax.Array:
@@ -72,7 +74,10 @@ def _slide(
     stride: int,
     num_classes: int,
 ) -> jax.Array:
-    """Logits averaged over all windows that show a pixel; the last ones end at the border."""
+    """Return logits averaged over all windows that contain a pixel.
+
+    The last windows of each row and column end at the border of the image.
+    """
     batch, height, width, _ = images.shape
     size = (min(window[0], height), min(window[1], width))
 
@@ -98,11 +103,11 @@ def _slide(
 def _row_at_own_size(
     scores: jax.Array, own_size: jax.Array, row: jax.Array, width: int
 ) -> jax.Array:
-    """One row of the scores of each image, interpolated to the image's own size.
+    """Interpolate one row of the scores of each image at the image's original size.
 
-    `[batch, h, w, classes]`, `[batch, 2]`, a number -> `[batch, width, classes]`; what lies right
-    of the image or below repeats its border. Row by row, since all of it at once would be the
-    largest array by far.
+    Maps `[batch, h, w, classes]`, `[batch, 2]` and the number of the row to
+    `[batch, width, classes]`. Positions to the right of the image or below it repeat its border.
+    The work is done row by row, since the whole result would be by far the largest array.
     """
 
     def between(length: int, own: jax.Array, at: jax.Array) -> tuple[jax.Array, ...]:
@@ -122,13 +127,17 @@ def _row_at_own_size(
 def classes_at_own_size(
     scores: jax.Array, own_size: jax.Array, height: int, width: int
 ) -> jax.Array:
-    """The class of each pixel of images of their own size: uint8 `[batch, height, width]`.
+    """Return the class of each pixel, with every image at its original size.
 
     Args:
-        scores: `[batch, h, w, num_classes]`.
-        own_size: int32 `[batch, 2]`, heights and widths; what lies beyond has no meaning.
-        height: of the result, in pixels.
-        width: of the result, in pixels.
+        scores: scores `[batch, h, w, num_classes]`.
+        own_size: original heights and widths of the images, int32 `[batch, 2]`.
+        height: height of the result, in pixels.
+        width: width of the result, in pixels.
+
+    Returns:
+        Class indices, uint8 `[batch, height, width]`; beyond an image's original size they have no
+        meaning.
     """
 
     def classes(row: jax.Array) -> jax.Array:
@@ -140,16 +149,18 @@ def classes_at_own_size(
 def pixel_sums(
     scores: jax.Array, segmentation: jax.Array, own_size: jax.Array
 ) -> dict[str, jax.Array]:
-    """Sums over the pixels that count, each image at its own size.
+    """Sum the loss and the confusion matrix over labelled pixels, at the images' original sizes.
 
     Args:
-        scores: `[batch, h, w, num_classes]`.
-        segmentation: uint8 `[batch, height, width]`; `IGNORED` does not count.
-        own_size: int32 `[batch, 2]`.
+        scores: scores `[batch, h, w, num_classes]`.
+        segmentation: true classes, uint8 `[batch, height, width]`; pixels with `IGNORED` do not
+            count.
+        own_size: original heights and widths of the images, int32 `[batch, 2]`.
 
     Returns:
-        `loss`, float32, cross-entropy in nats; `confusion`, int32 `[num_classes, num_classes]`,
-        how often which class (row) was taken for which (column).
+        `loss`, the cross-entropy in nats, float32; and `confusion`, int32
+        `[num_classes, num_classes]`, the number of pixels by true class (row) and predicted class
+        (column).
     """
     classes = scores.shape[-1]
 
@@ -171,15 +182,15 @@ def pixel_sums(
 
 
 def segmentation_metrics(loss: float, confusion: np.ndarray) -> dict[str, float]:
-    """Measurements of sums over a whole set.
+    """Compute the metrics of a whole data set from its sums.
 
     Args:
-        loss: summed over the pixels that count, nats.
-        confusion: int `[classes, classes]`, rows are the true classes.
+        loss: the loss summed over the pixels that count, in nats.
+        confusion: the confusion matrix, int `[classes, classes]`; rows are the true classes.
 
     Returns:
-        `loss`, its mean; `pixel_accuracy`; `miou`, the mean over classes of intersection over
-        union, of those that are there or were predicted.
+        `loss`, the mean per pixel; `pixel_accuracy`; and `miou`, the mean intersection over union
+        of the classes that occur in the labels or the predictions.
     """
     pixels = int(confusion.sum())
     iou = intersection_over_union(confusion)
@@ -191,7 +202,7 @@ def segmentation_metrics(loss: float, confusion: np.ndarray) -> dict[str, float]
 
 
 def intersection_over_union(confusion: np.ndarray) -> np.ndarray:
-    """Of each class, `[classes]`; not a number where neither truth nor prediction has it."""
+    """Return the IoU of each class, `[classes]`; NaN for one in neither labels nor predictions."""
     hits = np.diagonal(confusion).astype(np.float64)
     union = confusion.sum(0) + confusion.sum(1) - hits
     return np.where(union > 0, hits / np.maximum(union, 1), np.nan)
@@ -213,13 +224,16 @@ def segment_image(
     card: Mapping[str, Any],
     image: PIL.Image.Image | np.ndarray,
 ) -> np.ndarray:
-    """The class of each pixel of an image: uint8 `[height, width]`, the image's own size.
+    """Return the class of each pixel of an image.
 
     Args:
-        model: a segmenter, as `load_pretrained` gives it.
-        variables: its variables.
-        card: its card, for the preprocessing and how a whole image is looked at.
-        image: as for `preprocess.to_rgb`.
+        model: a segmenter, as returned by `load_pretrained`.
+        variables: the variables of the model.
+        card: the card of the model, with the preprocessing and the settings for whole images.
+        image: the image, as for `preprocess.to_rgb`.
+
+    Returns:
+        Class indices, uint8 `[height, width]`, at the original size of the image.
     """
     rgb = to_rgb(image)
     record = card["preprocessing"]

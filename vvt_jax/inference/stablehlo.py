@@ -1,4 +1,4 @@
-"""A model as a program of StableHLO that runs without this package."""
+"""Export of a model as a StableHLO program that runs without this package."""
 
 import hashlib
 import json
@@ -25,18 +25,18 @@ def export_model(
     batch: int | None = None,
     platforms: Sequence[str] = DEFAULT_PLATFORMS,
 ) -> jax.export.Exported:
-    """The forward pass with its weights, lowered for several platforms at once.
+    """Export the forward pass with its weights, lowered for several platforms at once.
 
     Args:
-        model: of any fields.
-        variables: what `model.apply` takes.
-        size: height and width of the images; None: symbolic, any from 32 up.
-        batch: images a call; None: symbolic, any number.
-        platforms: from `PLATFORMS`. A CPU gets other forms of operations than the
-            rest (see `forms`).
+        model: a model with any fields.
+        variables: the variables that `model.apply` takes.
+        size: height and width of the images, in pixels; None: symbolic, any size from 32 up.
+        batch: the number of images per call; None: symbolic, any number.
+        platforms: platforms from `PLATFORMS`. The CPU uses different forms of some operations than
+            the other platforms (see `forms`).
 
     Returns:
-        What `serialize()` makes bytes of, and `call(images)` runs.
+        The exported program: `serialize()` converts it to bytes and `call(images)` runs it.
     """
     symbols = f"{batch or 'batch'}, {'height, width' if size is None else f'{size[0]}, {size[1]}'}"
     shape = jax.export.symbolic_shape(
@@ -52,10 +52,10 @@ def export_model(
 
         return forward
 
-    # The branch is chosen when the file is loaded; the weights are in it once.
+    # The branch is chosen when the file is loaded; the file has the weights only once.
     others = [platform for platform in platforms if platform != "cpu"]
     branches = {"cpu": on("cpu")} if "cpu" in platforms else {}
-    if others:  # which all have the same forms
+    if others:  # they all use the same forms
         branches["default"] = on(others[0])
 
     def forward(images):
@@ -68,7 +68,18 @@ def export_model(
 def write(
     path: Path, content: bytes, told: Mapping[str, Any], model: VVT, card: Mapping[str, Any]
 ) -> Path:
-    """Writes a program, and to FILE.json what is told of it; returns the latter's path."""
+    """Write a program, and its description to FILE.json.
+
+    Args:
+        path: the file for the program.
+        content: the program in bytes.
+        told: the description of the program, to which more is added from the model and its card.
+        model: the model that was exported.
+        card: the card of the model.
+
+    Returns:
+        The path of FILE.json.
+    """
     description = {
         **told,
         "jax_version": jax.__version__,
@@ -85,7 +96,7 @@ def write(
 
 
 def describe(exported: jax.export.Exported) -> dict[str, Any]:
-    """What FILE.json tells of a program of StableHLO."""
+    """Return the description of a StableHLO program that goes into FILE.json."""
     return {
         "input": {"images": str(exported.in_avals[0])},
         "output": str(exported.out_avals[0]),

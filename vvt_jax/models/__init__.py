@@ -1,9 +1,10 @@
-"""The models: linen modules that know nothing of training or of files."""
+"""The models: linen modules that are independent of training and files."""
 
 import importlib
 from typing import TYPE_CHECKING
 
-# On first use, since `vvt_jax.attention` is imported by the modules of this package and imports one
+# Imported on first use, because modules of this package import `vvt_jax.attention`, which in turn
+# imports one of them
 _HOMES = {
     "Segmenter": "segmenter",
     "create": "segmenter",
@@ -15,7 +16,7 @@ _HOMES = {
     "unstack_blocks": "vvt",
 }
 
-if TYPE_CHECKING:  # what the lookup below resolves to
+if TYPE_CHECKING:  # the names that `__getattr__` looks up
     from vvt_jax.models.segmenter import Segmenter, create, create_segmenter
     from vvt_jax.models.vvt import VARIANTS, VVT, create_model, list_models, unstack_blocks
 

@@ -1,4 +1,4 @@
-"""Convolutions whose gradients are right when the rows of a map lie over several devices."""
+"""Convolutions with correct gradients when the rows of a map are split over several devices."""
 
 import functools
 import math
@@ -16,26 +16,27 @@ _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
 def row_groups(rows: int, devices: int) -> int:
-    """The number of devices that hold different rows of a map when `devices` share an image.
+    """Return how many devices hold different rows of a map when `devices` share an image.
 
-    Each takes the same number of rows, rounded up, so the last devices may have none. A map with
-    fewer rows than devices is whole on every device, which counts as one group.
+    Each holds the same number of rows, rounded up, so the last devices may have none. A map with
+    fewer rows than devices is kept whole on every device, which counts as one group.
     """
     return 1 if rows < devices else math.ceil(rows / math.ceil(rows / devices))
 
 
 def split_rows(x: jax.Array, rows_after: int | None = None) -> jax.Array:
-    """Fixes how the rows of a map `[batch, height, width, channels]` lie over the devices.
+    """Fix how the rows of a map `[batch, height, width, channels]` are split over the devices.
 
-    Left to itself, XLA splits rows that do not divide evenly into fewer groups, each repeated on
-    several devices, and then counts each repetition in the gradient of a convolution's kernel.
-    Here all devices take part, and the last one is padded. The exception is a map with fewer rows
-    than devices: there XLA (jax 0.10) gets the same gradient wrong for another reason, so such a
-    map is kept whole on each device, which costs little. So is the input of a convolution whose
-    output has so few rows: `rows_after`, where x is such an input.
+    By default, XLA splits rows that do not divide evenly into fewer groups, replicates each group
+    on several devices, and then counts every replica in the gradient of a convolution's kernel.
+    With this function, all devices take part, and the last one is padded. The exception is a map
+    with fewer rows than devices. There, XLA (jax 0.10) gets the same gradient wrong for another
+    reason, so such a map is kept whole on each device, which costs little. The same applies to the
+    input of a convolution whose output has fewer rows than there are devices: for such an input x,
+    pass the number of the output's rows as `rows_after`.
 
-    This does nothing unless `forms.compiling_for` was given the layout of the rows. The gradient of
-    x gets the same layout as x.
+    The function does nothing unless `forms.compiling_for` was given the layout of the rows. The
+    gradient of x gets the same layout as x.
     """
     layout = forms.row_layout()
     if layout is None:
@@ -59,20 +60,20 @@ def convolve(
     split: bool = True,
     **options: Any,
 ) -> jax.Array:
-    """`jax.lax.conv_general_dilated`, with the right gradients when devices share the rows.
+    """Compute `jax.lax.conv_general_dilated` with correct gradients when devices share the rows.
 
-    It can be given to `flax.linen.Conv` as `conv_general_dilated`. On one device, and wherever
+    It can be passed to `flax.linen.Conv` as `conv_general_dilated`. On one device, and wherever
     images are not split, it is the same operation.
 
     Args:
-        x: `[batch, height, width, inputs]`.
-        kernel: `[kernel_height, kernel_width, inputs / groups, outputs]`.
-        window_strides: along the height and the width.
-        padding: `"SAME"`, or the numbers of zeros before and after each side.
-        feature_group_count: 1, or the number of inputs (a depthwise convolution).
-        split: whether the rows of x lie over the devices; False for windows that are cut out so
-            that each lies on one device.
-        **options: passed on, as flax gives them.
+        x: the input, `[batch, height, width, inputs]`.
+        kernel: the kernel, `[kernel_height, kernel_width, inputs / groups, outputs]`.
+        window_strides: the strides along the height and the width.
+        padding: `"SAME"`, or the number of zeros before and after the map along each axis.
+        feature_group_count: 1, or the number of inputs for a depthwise convolution.
+        split: whether the rows of x are split over the devices. False for windows that are cut out
+            such that each is on one device.
+        **options: further options from flax, which are passed on.
     """
     options = {"dimension_numbers": _LAYOUT, "feature_group_count": feature_group_count, **options}
 
@@ -93,14 +94,14 @@ def convolve(
 
     if (layout := forms.row_layout()) is None:
         return by_windows(x, kernel)
-    # Whole, also where "fsdp" spreads it: XLA would spread the channels of maps the same way
+    # Keep the kernel whole even where "fsdp" splits it, or XLA would split the maps' channels too
     whole = NamedSharding(layout.mesh, PartitionSpec())
     kernel = jax.lax.with_sharding_constraint(kernel, whole)
     if not split:
         return by_windows(x, kernel)
     rows = jax.eval_shape(plain, x, kernel).shape[1]
     examples, spatial = (_devices_along(layout, axes) for axes in layout.spec)
-    # Where devices hold copies of one another's rows or examples, XLA may count each of them
+    # If devices hold copies of each other's rows or examples, XLA may count every copy
     copies = row_groups(min(rows, x.shape[1]), spatial) == 1 or x.shape[0] % examples
     apart = _rows_apart(x.shape[1], rows, window_strides[0], spatial)
     beyond_neighbours = apart > math.ceil(x.shape[1] / spatial)
@@ -109,8 +110,11 @@ def convolve(
 
 
 def _rows_apart(rows: int, rows_after: int, stride: int, devices: int) -> int:
-    """How far the rows that a device computes lie at most from those of the input that it holds, in
-    rows of the input. Beyond its neighbours' rows, XLA (jax 0.10) makes wrong kernel gradients."""
+    """Return how far the rows that a device computes are at most from the input rows that it holds.
+
+    The distance is in rows of the input. If it reaches beyond the rows of the neighbouring devices,
+    XLA (jax 0.10) computes wrong kernel gradients.
+    """
     given, made = math.ceil(rows / devices), math.ceil(rows_after / devices)
     last = math.ceil(rows_after / made) - 1
     return last * abs(made * stride - given)
@@ -131,12 +135,12 @@ def _plain(x, kernel, strides, padding, groups):
 def _convolve_by_windows(
     x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: _Padding, groups: int
 ) -> jax.Array:
-    """A convolution whose kernel gradient is right however XLA lays the rows out.
+    """Compute a convolution whose kernel gradient is correct however XLA lays out the rows.
 
-    For maps of which several devices hold copies, and for callers of `forms.compiling_for` who say
-    how many devices share an image but not which, so that the layout can't be fixed. The gradient
-    of the kernel is made of one product (of a depthwise kernel: one sum) for each of its places;
-    XLA fetches the rows of neighbours for each.
+    This is for maps of which several devices hold copies, and for callers of `forms.compiling_for`
+    that specify how many devices share an image but not the layout, which can't be fixed then. The
+    gradient of the kernel is computed as one matrix product (or, for a depthwise kernel, one sum)
+    for each position in the kernel, and XLA fetches the rows of neighbouring devices for each.
     """
     return _plain(x, kernel, strides, padding, groups)
 

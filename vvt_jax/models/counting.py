@@ -1,4 +1,4 @@
-"""What a model costs, counted from its program: multiply-adds and activations by layer."""
+"""The cost of a model, counted from its program: multiply-adds and activations by layer."""
 
 import dataclasses
 import math
@@ -15,11 +15,11 @@ from vvt_jax.attention import feature_count
 from vvt_jax.models import VVT, forms
 from vvt_jax.models.shapes import abstract_variables, variable_shapes
 
-# The products of two activations; those with parameters have a layer's name behind it.
+# Matches the products of two activations. Products with parameters have a layer's name appended.
 _ATTENTION = re.compile(r"stage(\d)/blocks/attention")
 
-# Float operations a second of one device in bfloat16, as its maker prints them, without sparsity;
-# by the name that jax gives the kind of device.
+# Floating-point operations per second of one device in bfloat16, as published by its manufacturer,
+# without sparsity; by JAX's name of the kind of device.
 PEAK_FLOPS = {
     "TPU v2": 22.5e12,
     "TPU v3": 61.5e12,
@@ -38,14 +38,15 @@ PEAK_FLOPS = {
 
 @dataclasses.dataclass(frozen=True)
 class LayerCost:
-    """The forward cost of one layer on one image; a stage's blocks are counted together.
+    """The forward cost of one layer on one image, with all blocks of a stage counted together.
 
     Attributes:
-        path: the layer's modules, e.g. `stage1/blocks/attention/query`.
-        published: multiply-adds in the published convention: convolutions, linear layers and the
-            attention's two products in the concatenated form, without its denominator.
-        actual: multiply-adds of all convolutions and matrix products of the form in force here.
-        activations: elements of the outputs of convolutions and linear layers (timm's convention).
+        path: the path of the layer's module, e.g. `stage1/blocks/attention/query`.
+        published: multiply-adds by the published convention: those of convolutions, linear layers
+            and the two products of attention in the concatenated form, without its denominator.
+        actual: multiply-adds of all convolutions and matrix products of the forms in force.
+        activations: number of elements in the outputs of convolutions and linear layers (timm's
+            convention).
     """
 
     path: str
@@ -55,15 +56,15 @@ class LayerCost:
 
 
 def parameter_count(model: VVT) -> int:
-    """How many numbers a model's parameters are."""
+    """Return the number of parameters of a model."""
     shapes = variable_shapes(model)
     return sum(math.prod(s) for path, s in shapes.items() if path.startswith("params/"))
 
 
 def count(model: VVT, height: int, width: int) -> list[LayerCost]:
-    """The cost of each layer on one image of that size in pixels, in the order of the forward pass.
+    """Return the cost of each layer on one image of that size in pixels, in forward order.
 
-    Nothing is computed: the model is only traced.
+    The model is only traced, so nothing is computed.
     """
     model = model.clone(unroll=False)  # a shorter program of the same operations
     images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
@@ -71,7 +72,7 @@ def count(model: VVT, height: int, width: int) -> list[LayerCost]:
     maps = _map_sizes(model, height, width)
 
     def products(model: VVT) -> list[_Product]:
-        with forms.use(depthwise="grouped"):  # its forms differ in speed, not in multiply-adds
+        with forms.use(depthwise="grouped"):  # both forms have the same multiply-adds
             return list(_walk(jax.make_jaxpr(model.apply)(variables, images).jaxpr, "", 1))
 
     done = products(model)
@@ -92,7 +93,7 @@ def count(model: VVT, height: int, width: int) -> list[LayerCost]:
 
 
 def _map_sizes(model: VVT, height: int, width: int) -> list[tuple[int, int]]:
-    """Height and width of the four maps: each patch embedding divides them, rounding up."""
+    """Return the sizes of the four maps, which each patch embedding divides, rounding up."""
     sizes = []
     for stride in model.patch_strides:
         height, width = math.ceil(height / stride), math.ceil(width / stride)
@@ -101,7 +102,7 @@ def _map_sizes(model: VVT, height: int, width: int) -> list[tuple[int, int]]:
 
 
 def _attention_products(model: VVT, maps: Sequence[tuple[int, int]], path: str) -> int:
-    """Multiply-adds of φ(K)ᵀV and φ(Q)·KV, or of softmax(QKᵀ)V, in all blocks of a stage."""
+    """Count the multiply-adds of φ(K)ᵀV and φ(Q)·KV, or of softmax(QKᵀ)V, in a stage's blocks."""
     if not (found := _ATTENTION.fullmatch(path)):
         return 0
     stage = int(found[1]) - 1
@@ -155,5 +156,8 @@ def _matrix_product(equation: Any, path: str, times: int) -> _Product:
 
 
 def _layer(path: str) -> str:
-    """`/VVT/VVT.features/stage1/blocks/attention/btnf,btne->bnfe` -> `stage1/blocks/attention`."""
+    """Return a layer's path, such as `stage1/blocks/attention`, from a path in the program.
+
+    That would be `/VVT/VVT.features/stage1/blocks/attention/btnf,btne->bnfe` in this example.
+    """
     return "/".join(part for part in path.split("/") if re.fullmatch(r"[a-z]\w*", part))

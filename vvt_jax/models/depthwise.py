@@ -1,4 +1,4 @@
-"""The 3×3 depthwise convolution of the feed-forward network, in the forms that platforms want."""
+"""The 3×3 depthwise convolution of the feed-forward network, in a form for each platform."""
 
 import jax
 import jax.numpy as jnp
@@ -10,20 +10,20 @@ from vvt_jax.models.convolution import convolve
 def depthwise_conv(
     x: jax.Array, kernel: jax.Array, *, form: str | None = None, split: bool = True
 ) -> jax.Array:
-    """3×3 depthwise convolution, stride 1, zero padding 1.
+    """Compute a 3×3 depthwise convolution with stride 1 and zero padding 1.
 
     Args:
-        x: `[batch, height, width, channels]`.
-        kernel: `[3, 3, 1, channels]`.
-        form: `"shift"` or `"grouped"`, equal to rounding; by default what
+        x: the input, `[batch, height, width, channels]`.
+        kernel: the kernel, `[3, 3, 1, channels]`.
+        form: `"shift"` or `"grouped"`, which agree up to rounding. By default,
             `vvt_jax.models.forms` chooses.
-        split: as for `convolve`: False where each window of rows lies on one device.
+        split: as for `convolve`: False if x consists of windows of rows, each on one device.
 
     Returns:
         `[batch, height, width, channels]` in the dtype of x, summed in float32.
 
     Raises:
-        ValueError: an unknown form.
+        ValueError: if the form is unknown.
     """
     form = form or forms.current().depthwise
     if form == "shift":
@@ -34,7 +34,7 @@ def depthwise_conv(
 
 
 def _shifted_sum(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Σ over the nine offsets of a shifted view of x times its kernel row: one fusion in XLA."""
+    """Sum nine shifted views of x, each times its kernel weights; XLA fuses this into one loop."""
     _, height, width, _ = x.shape
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).astype(jnp.float32)
     kernel = kernel.astype(jnp.float32)
@@ -55,8 +55,11 @@ def _forward(x, kernel):
 
 
 def _backward(residuals, cotangent):
-    """The input's gradient is the same sum with the kernel turned round; the kernel's is a scan
-    over rows, because the nine reductions over a whole map are slow on a CPU."""
+    """Compute the gradients of the input and the kernel.
+
+    The input's gradient is the same sum with the kernel rotated by 180°. The kernel's gradient is a
+    scan over rows, because nine reductions over a whole map are slow on a CPU.
+    """
     x, kernel = residuals
     _, height, width, _ = x.shape
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))

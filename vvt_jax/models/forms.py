@@ -1,7 +1,7 @@
-"""Which form of an operation runs best where: the one place where that is chosen.
+"""The choice of the form in which each operation runs best on a platform.
 
-Forms compute the same function; they differ in speed, memory and in how they shard. The choice is
-read while a function is traced, so an override has to surround the trace:
+The forms of an operation compute the same function but differ in speed, memory use and sharding.
+The choice is read while a function is traced, so an override must enclose the tracing:
 
     with forms.use(depthwise="grouped"):
         logits = jax.jit(model.apply)(variables, images)
@@ -26,12 +26,12 @@ class Forms:
     """The form of each operation that has more than one.
 
     Attributes:
-        depthwise: `"shift"`, nine shifted multiply-adds with a gradient of their own, or
-            `"grouped"`, a grouped convolution.
-        attention: `"concatenated"`, features of 4 times the head width as published, or
-            `"separable"`, sums by row and column that never make them.
-        gelu: whether its output is `"kept"` for the backward pass, or `"recomputed"` from its
-            input, which is kept in any case.
+        depthwise: `"shift"`, nine shifted multiply-adds with a custom gradient, or `"grouped"`, a
+            grouped convolution.
+        attention: `"concatenated"`, with features of 4 times the head width, as published, or
+            `"separable"`, with sums by row and column instead of such features.
+        gelu: whether the output of GELU is `"kept"` for the backward pass or `"recomputed"` from
+            the input, which is kept in any case.
     """
 
     depthwise: str
@@ -58,13 +58,13 @@ _rows: contextvars.ContextVar[NamedSharding | None] = contextvars.ContextVar(
 
 
 def choose(platform: str, *, spatial: int = 1) -> Forms:
-    """What was fastest, or touched the fewest bytes, on a platform (experiments/costs).
+    """Return the forms that were fastest, or accessed the least memory, in experiments/costs.
 
     Args:
-        platform: as jax names it, e.g. `"cpu"`.
-        spatial: devices that share the rows of an image. There, a grouped convolution trades one
-            halo row with its neighbours, where shifts would move whole maps, and concatenated sums
-            are reduced as one small matrix.
+        platform: JAX's name of the platform, e.g. `"cpu"`.
+        spatial: the number of devices that share the rows of an image. With several, a grouped
+            convolution exchanges one halo row with its neighbours, where shifts would move whole
+            maps, and the concatenated sums are reduced as one small matrix.
     """
     if platform == "cpu" and spatial == 1:
         return Forms(depthwise="shift", attention="separable", gelu="kept")
@@ -72,20 +72,26 @@ def choose(platform: str, *, spatial: int = 1) -> Forms:
 
 
 def current() -> Forms:
-    """The forms in force here: those of the platform, or of a surrounding `compiling_for`, with the
-    overrides of a surrounding `use`."""
+    """Return the forms currently in force.
+
+    They are those of an enclosing `compiling_for`, or else of the default platform, with the
+    overrides of any enclosing `use`.
+    """
     chosen = _place.get() or choose(jax.default_backend())
     return dataclasses.replace(chosen, **(_override.get() or {}))
 
 
 def spatial_devices() -> int:
-    """Devices that share the rows of an image, as a surrounding `compiling_for` says."""
+    """Return how many devices share the rows of an image, according to `compiling_for`."""
     return _spatial.get()
 
 
 def row_layout() -> NamedSharding | None:
-    """How a map's examples and rows lie over the devices, as a surrounding `compiling_for` says;
-    None where images are not split, or where it does not say."""
+    """Return how the examples and rows of a map are laid out over the devices.
+
+    An enclosing `compiling_for` specifies the layout. It is None if images are not split, or if no
+    layout is specified.
+    """
     return _rows.get()
 
 
@@ -93,13 +99,13 @@ def row_layout() -> NamedSharding | None:
 def compiling_for(
     platform: str, *, spatial: int = 1, rows: NamedSharding | None = None
 ) -> Iterator[Forms]:
-    """Takes the forms that `choose` gives, for what is traced inside; `use` overrides them.
+    """Apply the forms that `choose` returns to everything traced inside; `use` overrides them.
 
     Args:
-        platform: as for `choose`.
-        spatial: as for `choose`.
-        rows: the layout of maps `[batch, rows, ...]` where `spatial` is more than one. Without it,
-            gradients of convolutions are right as well, but cost more communication.
+        platform: JAX's name of the platform, as for `choose`.
+        spatial: the number of devices that share the rows of an image, as for `choose`.
+        rows: the layout of maps `[batch, rows, ...]`, if `spatial` is more than one. The gradients
+            of convolutions are correct without it too, but need more communication.
     """
     place = _place.set(choose(platform, spatial=spatial))
     devices = _spatial.set(spatial)
@@ -114,12 +120,12 @@ def compiling_for(
 
 @contextlib.contextmanager
 def use(**forms: str) -> Iterator[Forms]:
-    """Overrides the platform's choice for what is traced inside, e.g. `use(attention="separable")`.
+    """Override the platform's forms for everything traced inside, as in `use(gelu="kept")`.
 
     Raises:
-        ValueError: a form that does not exist.
+        ValueError: if a form does not exist.
     """
-    dataclasses.replace(current(), **forms)  # refuse what does not exist before entering
+    dataclasses.replace(current(), **forms)  # raises for unknown forms before anything is changed
     token = _override.set({**(_override.get() or {}), **forms})
     try:
         yield current()
@@ -127,9 +133,9 @@ def use(**forms: str) -> Iterator[Forms]:
         _override.reset(token)
 
 
-# XLA's options for the outermost jit on a CPU, by use. Initialisation runs once, and drawing its
-# random numbers takes three times as long to compile with optimisation as without. The library
-# fusions (YNN) speed the train step up by a third and slow a forward pass of 8 images by a quarter.
+# XLA's options for the outermost jit on a CPU, by use. Initialisation runs only once, and its
+# random draws take three times as long to compile with optimisation as without. The library fusions
+# (YNN) speed up the train step by a third but slow down a forward pass of 8 images by a quarter.
 _CPU_OPTIONS: dict[str, dict[str, Any]] = {
     "init": {"xla_backend_optimization_level": 0},
     "forward": {
@@ -141,8 +147,8 @@ _CPU_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def compiler_options(use: str, platform: str | None = None) -> dict[str, Any]:
-    """What to give `jax.jit(compiler_options=...)` for `"init"`, `"forward"` or `"train"`.
+    """Return the `compiler_options` of `jax.jit` for the use `"init"`, `"forward"` or `"train"`.
 
-    `platform` is jax's default one if it is not given.
+    `platform` defaults to JAX's default platform.
     """
     return _CPU_OPTIONS[use] if (platform or jax.default_backend()) == "cpu" else {}

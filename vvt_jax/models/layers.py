@@ -14,15 +14,17 @@ from vvt_jax.models import forms
 from vvt_jax.models.convolution import convolve, row_groups
 from vvt_jax.models.depthwise import depthwise_conv
 
-# Published: truncated normal cut at ±2 (absolute, hence a plain normal) with deviation 0.02.
+# Published: a normal with standard deviation 0.02, truncated at ±2. The bounds are absolute values,
+# so this amounts to a plain normal.
 linear_init = nn.initializers.normal(0.02)
 
 
 def conv_init(key: jax.Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> jax.Array:
-    """Normal with deviation sqrt(2 / fan_out), fan_out = kernel area · outputs / groups.
+    """Draw a convolution kernel from a normal distribution with deviation sqrt(2 / fan_out).
 
-    For kernels `[kernel_height, kernel_width, inputs / groups, outputs]` that are dense or, with
-    one input a group, depthwise: there the outputs a group are one.
+    fan_out = kernel area · outputs / groups. Kernels are
+    `[kernel_height, kernel_width, inputs / groups, outputs]`, either dense or, with one input per
+    group, depthwise; a depthwise kernel also has one output per group.
     """
     area = shape[0] * shape[1]
     fan_out = area if shape[2] == 1 else area * shape[3]
@@ -31,20 +33,21 @@ def conv_init(key: jax.Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32
 
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
-    """x · Φ(x), exact (Hendrycks & Gimpel, arXiv 1606.08415), of any shape.
+    """Compute the exact GELU, x · Φ(x) (Hendrycks & Gimpel, arXiv 1606.08415), for any shape.
 
-    Its backward pass keeps x alone: the derivative that JAX makes keeps four arrays, and these maps
-    are the widest of the model.
+    Only x is saved for the backward pass. JAX's own derivative would save four arrays, and they
+    would be as large as the widest maps of the model.
     """
     wide = x.astype(jnp.float32)
-    # erfc, which jax.nn.gelu takes, is slower on a CPU
+    # erfc, which jax.nn.gelu uses, is slower on a CPU
     return (wide * (0.5 + 0.5 * jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
 
 
 def _gelu_again(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """GELU and its slope in the backward pass, float32."""
+    """Recompute GELU and its derivative for the backward pass, in float32."""
     wide = x.astype(jnp.float32)
-    # Turned round, lest XLA takes it for the forward pass's and keeps that for all this time.
+    # Flip the signs, so that XLA does not recognise the forward pass's expression and keep its
+    # value in memory until now.
     probability = 0.5 - 0.5 * jax.lax.erf(wide * -math.sqrt(0.5))
     density = jnp.exp(-0.5 * wide * wide) * (1 / math.sqrt(2 * math.pi))
     return wide * probability, probability + wide * density
@@ -64,9 +67,9 @@ gelu.defvjp(_gelu_forward, _gelu_backward)
 
 @jax.custom_vjp
 def gelu_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`gelu(x) @ kernel`, `[batch, height, width, inputs]` by `[inputs, outputs]`.
+    """Compute `gelu(x) @ kernel` for `[batch, height, width, inputs]` and `[inputs, outputs]`.
 
-    The backward pass makes gelu(x) again instead of keeping it beside x.
+    The backward pass recomputes gelu(x), so that only x has to be kept and not both.
     """
     return gelu(x) @ kernel
 
@@ -87,10 +90,10 @@ gelu_matmul.defvjp(_gelu_matmul_forward, _gelu_matmul_backward)
 
 
 def drop_path(module: nn.Module, x: jax.Array, rate: jax.Array | None) -> jax.Array:
-    """Drops the whole residual branch of an example with probability `rate` (stochastic depth).
+    """Drop the whole residual branch of each example with probability `rate` (stochastic depth).
 
-    `rate` is a scalar, or None where nothing is ever dropped; survivors are scaled by 1/(1−rate).
-    Draws from the module's "dropout" stream.
+    `rate` is a scalar, or None to drop nothing. The branches that are kept are scaled by
+    1/(1−rate). Random numbers come from the module's "dropout" stream.
     """
     if rate is None:
         return x
@@ -100,12 +103,13 @@ def drop_path(module: nn.Module, x: jax.Array, rate: jax.Array | None) -> jax.Ar
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
-    """Normalises over the last axis (Ba et al., arXiv 1607.06450), in float32.
+    """Normalise over the last axis (Ba et al., arXiv 1607.06450), in float32.
 
-    `[..., channels]`, `[channels]` twice -> `[..., channels]` in the dtype of x.
+    `x` is `[..., channels]`, and `scale` and `bias` are `[channels]`. The result has the shape and
+    dtype of `x`.
 
-    Its backward pass keeps x and two numbers a token; the derivative that JAX makes of flax's keeps
-    four maps.
+    Only x and two numbers per token are saved for the backward pass, whereas JAX's derivative of
+    flax's LayerNorm saves four maps.
     """
     return _layer_norm_forward(x, scale, bias, epsilon)[0]
 
@@ -135,20 +139,20 @@ layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
 class LayerNorm(nn.Module):
-    """`layer_norm` with its parameters."""
+    """A module that applies `layer_norm` and holds its parameters."""
 
     epsilon: float
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[..., channels]` -> the same shape and dtype."""
+        """Normalise `[..., channels]`, keeping shape and dtype."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
         return layer_norm(x, scale, bias, self.epsilon)
 
 
 class OverlapPatchEmbed(nn.Module):
-    """A strided convolution whose windows overlap, and LayerNorm (epsilon 1e-5)."""
+    """A strided convolution with overlapping windows, followed by LayerNorm (epsilon 1e-5)."""
 
     features: int
     kernel_size: int
@@ -157,7 +161,7 @@ class OverlapPatchEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[batch, height, width, inputs]` -> `[batch, ceil(height/stride), …, features]`."""
+        """Map `[batch, height, width, inputs]` to `[batch, ceil(height/stride), …, features]`."""
         x = nn.Conv(
             self.features,
             (self.kernel_size, self.kernel_size),
@@ -172,11 +176,11 @@ class OverlapPatchEmbed(nn.Module):
 
 
 class VicinityAttention(nn.Module):
-    """Vicinity attention on reduced features (FRA), its output gated by its input (FPC).
+    """Vicinity attention on reduced features (FRA), with its output gated by its input (FPC).
 
-    Feature Reduction Attention projects to channels / feature_reduction before attending.
-    The Feature Preserving Connection adds to the output o its product with
-    sigmoid(W₂ · ReLU(W₁ · mean over tokens of the input)).
+    Feature Reduction Attention projects the input to channels / feature_reduction before attending.
+    With the Feature Preserving Connection, the output o becomes
+    o + o · sigmoid(W₂ · ReLU(W₁ · mean over tokens of the input)).
     """
 
     num_heads: int
@@ -188,7 +192,7 @@ class VicinityAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[batch, height, width, channels]` -> the same shape."""
+        """Map `[batch, height, width, channels]` to the same shape."""
         channels = x.shape[-1]
         reduced = channels // self.feature_reduction
         keep = attention.clamp_magnitude if self.clamp else lambda t: t
@@ -218,14 +222,14 @@ class VicinityAttention(nn.Module):
 
 
 class SoftmaxAttention(nn.Module):
-    """Full-width softmax attention without query, key and value biases: the published ablation."""
+    """Full-width softmax attention without query, key and value biases, the published ablation."""
 
     num_heads: int
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[batch, height, width, channels]` -> the same shape."""
+        """Map `[batch, height, width, channels]` to the same shape."""
         channels = x.shape[-1]
         heads = (self.num_heads, channels // self.num_heads)
         query, key, value = (
@@ -239,27 +243,30 @@ class SoftmaxAttention(nn.Module):
 
 
 class DepthwiseConv(nn.Module):
-    """3×3 depthwise convolution with bias."""
+    """A 3×3 depthwise convolution with bias."""
 
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, split: bool = True) -> jax.Array:
-        """`[batch, height, width, channels]` -> the same shape; `split` as for `depthwise_conv`."""
+        """Convolve `[batch, height, width, channels]`, keeping its shape.
+
+        For `split`, see `depthwise_conv`.
+        """
         kernel = self.param("kernel", conv_init, (3, 3, 1, x.shape[-1]))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
         return depthwise_conv(x, kernel.astype(self.dtype), split=split) + bias.astype(self.dtype)
 
 
 class GeluDense(nn.Module):
-    """GELU (exact), then a linear layer."""
+    """The exact GELU followed by a linear layer."""
 
     features: int
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[batch, height, width, inputs]` -> `[batch, height, width, features]`."""
+        """Map `[batch, height, width, inputs]` to `[batch, height, width, features]`."""
         kernel = self.param("kernel", linear_init, (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         kernel, bias = kernel.astype(self.dtype), bias.astype(self.dtype)
@@ -269,13 +276,13 @@ class GeluDense(nn.Module):
 
 
 class ConvFeedForward(nn.Module):
-    """Linear, 3×3 depthwise convolution, GELU, linear.
+    """A feed-forward network: linear layer, 3×3 depthwise convolution, GELU, linear layer.
 
     Attributes:
-        hidden: channels between the two linear layers.
-        bands: the hidden map is made in at most so many bands of rows, one after the other, each
-            from its own rows and one more on either side; in the backward pass once more. It is
-            never whole.
+        hidden: number of channels between the two linear layers.
+        bands: largest number of bands of rows in which the hidden map is computed. The bands are
+            computed one after the other, each from its own rows and one more on either side, and
+            recomputed in the backward pass, so the whole hidden map is never in memory.
     """
 
     hidden: int
@@ -284,17 +291,17 @@ class ConvFeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[batch, height, width, channels]` -> the same shape."""
+        """Map `[batch, height, width, channels]` to the same shape."""
         kind = _FeedForwardRows
         if self.bands > 1:
             kind = nn.scan(
-                nn.remat(kind, prevent_cse=False),  # a scan keeps the two passes apart by itself
+                nn.remat(kind, prevent_cse=False),  # XLA can't merge the two passes of a scan
                 variable_broadcast="params",
                 variable_axes={"intermediates": 0},
                 split_rngs={"params": False},
             )
         rows = kind(self.hidden, x.shape[-1], dtype=self.dtype)
-        nn.share_scope(self, rows)  # parameters have the same names in any number of bands
+        nn.share_scope(self, rows)  # so the number of bands does not affect parameter names
         if self.bands == 1:
             return rows(None, x)[1]
         devices = forms.spatial_devices()
@@ -305,7 +312,7 @@ class ConvFeedForward(nn.Module):
 
 
 class _FeedForwardRows(nn.Module):
-    """`ConvFeedForward` of a whole map, or of a window of its rows."""
+    """`ConvFeedForward` on a whole map or on a window of its rows."""
 
     hidden: int
     features: int
@@ -315,10 +322,11 @@ class _FeedForwardRows(nn.Module):
     def __call__(
         self, _: None, x: jax.Array, inside: jax.Array | None = None
     ) -> tuple[None, jax.Array]:
-        """`[batch, rows, width, channels]` -> (None, the same shape); None is for `nn.scan`.
+        """Map `[batch, rows, width, channels]` to (None for `nn.scan`, the same shape).
 
-        For a window, `inside` `[batch, rows, 1, 1]` says which rows belong to the map: those that
-        do not are the convolution's zero padding. Its first and last row are no part of the result.
+        For a window, `inside` `[batch, rows, 1, 1]` marks the rows that belong to the map; the
+        others are the convolution's zero padding. The first and last row of a window are not part
+        of the result.
         """
         x = nn.Dense(self.hidden, kernel_init=linear_init, dtype=self.dtype, name="fc1")(x)
         if inside is not None:
@@ -330,15 +338,16 @@ class _FeedForwardRows(nn.Module):
 
 
 def _cut_windows(x: jax.Array, groups: int, bands: int) -> tuple[jax.Array, np.ndarray]:
-    """A map's bands of rows with one more row on either side.
+    """Cut a map into bands of rows, each with one more row on either side.
 
-    The rows are first shared out to `groups`, the devices that hold them, so that each device cuts
-    what is its own, and gets two rows from its neighbours once.
+    The rows are first divided into `groups`, one for each device that holds some of them, so that
+    each device cuts its own rows and fetches two rows from its neighbours only once.
 
     Returns:
-        `[bands, batch · groups, rows + 2, width, channels]`, and `[bands, batch · groups, rows + 2,
-        1, 1]`, which of the rows are the map's. The height need not divide: what is too much at the
-        end of a group is cut off by `_join_bands`. There may be fewer bands than asked for.
+        The windows, `[bands, batch · groups, rows + 2, width, channels]`, and a mask of the rows
+        that belong to the map, `[bands, batch · groups, rows + 2, 1, 1]`. The height need not be
+        divisible: `_join_bands` cuts off the surplus rows at the end of a group. There may be fewer
+        bands than requested.
     """
     batch, height, width, channels = x.shape
     own = math.ceil(height / groups)
@@ -346,7 +355,7 @@ def _cut_windows(x: jax.Array, groups: int, bands: int) -> tuple[jax.Array, np.n
     bands = math.ceil(own / rows)
     x = jnp.pad(x, ((0, 0), (0, groups * own - height), (0, 0), (0, 0)))
     x = x.reshape(batch, groups, own, width, channels)
-    # Rolled round, which XLA shards as one exchange: what comes from the other end is not inside.
+    # XLA shards a roll as one exchange. Rows that wrap around from the other end are not `inside`.
     above, below = jnp.roll(x[:, :, -1:], 1, axis=1), jnp.roll(x[:, :, :1], -1, axis=1)
     x = jnp.concatenate([above, x, below], 2)
     x = jnp.pad(x, ((0, 0), (0, 0), (0, bands * rows - own), (0, 0), (0, 0)))
@@ -366,7 +375,10 @@ def _cut_windows(x: jax.Array, groups: int, bands: int) -> tuple[jax.Array, np.n
 
 
 def _join_bands(x: jax.Array, batch: int, groups: int, height: int) -> jax.Array:
-    """`[bands, batch · groups, rows, width, channels]` -> `[batch, height, width, channels]`."""
+    """Join `[bands, batch · groups, rows, width, channels]` to `[batch, height, width, channels]`.
+
+    This also removes the surplus rows that `_cut_windows` added.
+    """
     bands, _, rows, width, channels = x.shape
     own = math.ceil(height / groups)
     x = jnp.moveaxis(x.reshape(bands, batch, groups, rows, width, channels), 0, 2)

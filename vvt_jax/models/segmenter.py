@@ -1,6 +1,6 @@
-"""Semantic segmentation on the four maps of a Vicinity Vision Transformer.
+"""Semantic segmentation on the four feature maps of a Vicinity Vision Transformer.
 
-Two heads, laid out as in the settings that papers on backbones compare by: Semantic FPN (Kirillov
+There are two heads, configured as is usual in papers that compare backbones: Semantic FPN (Kirillov
 et al., arXiv 1901.02446) and UPerNet (Xiao et al., arXiv 1807.10221) with an auxiliary FCN head.
 """
 
@@ -18,17 +18,18 @@ from vvt_jax.models.convolution import convolve
 from vvt_jax.models.layers import conv_init
 from vvt_jax.models.vvt import VARIANTS, VVT, create_model, from_fields, nearest
 
-HEADS = {"fpn": 256, "upernet": 512}  # and the channels of their pyramids
-_BINS = (1, 2, 3, 6)  # a side, of pyramid pooling
-_AUXILIARY_MAP = 2  # stage 3's, the deepest whose stride is still fine
+_MOST_CLASSES = 255
+HEADS = {"fpn": 256, "upernet": 512}  # with the number of channels of their pyramids
+_BINS = (1, 2, 3, 6)  # bins per side in pyramid pooling
+_AUXILIARY_MAP = 2  # stage 3, the deepest map whose stride is still fine
 _classifier_init = nn.initializers.normal(0.01)
 
 
 def resize_bilinear(x: jax.Array, size: Sequence[int]) -> jax.Array:
-    """`[batch, h, w, channels]` -> `[batch, *size, channels]`, pixels' centres aligned.
+    """Resize `[batch, h, w, channels]` to `[batch, *size, channels]`, aligning pixel centres.
 
-    Whole multiples, which is what a pyramid asks for, are weighted sums of neighbours: the general
-    form is a product with a dense matrix, whose cost grows with the third power of the side.
+    Resizing by whole factors, as pyramids do, is computed as a weighted sum of neighbours. The
+    general form multiplies by a dense matrix, at a cost that grows with the cube of the side.
     """
     height, width = x.shape[1:3]
     if (height, width) == tuple(size):
@@ -39,7 +40,7 @@ def resize_bilinear(x: jax.Array, size: Sequence[int]) -> jax.Array:
 
 
 def _multiply(x: jax.Array, axis: int, factor: int) -> jax.Array:
-    """Bilinear interpolation to `factor` times the length along an axis."""
+    """Interpolate linearly along an axis, to `factor` times its length."""
     if factor == 1:
         return x
     length = x.shape[axis]
@@ -51,7 +52,7 @@ def _multiply(x: jax.Array, axis: int, factor: int) -> jax.Array:
     )
     phases = []
     for phase in range(factor):
-        offset = (phase + 0.5) / factor - 0.5  # from the centre of the pixel, in its widths
+        offset = (phase + 0.5) / factor - 0.5  # from the pixel's centre, in pixel widths
         other = before if offset < 0 else after
         phases.append((1 - abs(offset)) * here + abs(offset) * other)
     shape = list(x.shape)
@@ -60,10 +61,11 @@ def _multiply(x: jax.Array, axis: int, factor: int) -> jax.Array:
 
 
 def adaptive_average(x: jax.Array, bins: int) -> jax.Array:
-    """Means over `bins` × `bins` windows, `[batch, h, w, channels]` -> `[batch, bins, bins, ...]`.
+    """Average `[batch, h, w, channels]` over windows, to `[batch, bins, bins, channels]`.
 
-    Window i reaches from floor(i·h/bins) up to ceil((i+1)·h/bins): windows overlap where the bins
-    do not divide the side, and repeat where there are more bins than pixels.
+    Along the height, window i extends from floor(i·h/bins) to ceil((i+1)·h/bins), and likewise
+    along the width. Windows overlap if `bins` does not divide the side, and repeat if there are
+    more bins than pixels.
     """
     rows, columns = (_windows(side, bins) for side in x.shape[1:3])
     pooled = jnp.einsum("ph,bhwc,qw->bpqc", rows, x.astype(jnp.float32), columns)
@@ -71,7 +73,7 @@ def adaptive_average(x: jax.Array, bins: int) -> jax.Array:
 
 
 def _windows(side: int, bins: int) -> np.ndarray:
-    """`[bins, side]`, the share of each pixel in each window's mean."""
+    """Return the weight of each pixel in each window's mean, `[bins, side]`."""
     weights = np.zeros((bins, side), np.float32)
     for i in range(bins):
         start, end = i * side // bins, -(-(i + 1) * side // bins)
@@ -80,9 +82,9 @@ def _windows(side: int, bins: int) -> np.ndarray:
 
 
 class ConvNormRelu(nn.Module):
-    """Convolution without bias, batch norm, ReLU.
+    """A convolution without bias, followed by batch norm and ReLU.
 
-    The statistics are those of the whole batch, over all devices, since the batch is one array.
+    The batch is a single array, so the statistics cover the whole batch on all devices.
     """
 
     features: int
@@ -91,7 +93,7 @@ class ConvNormRelu(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """`[batch, height, width, inputs]` -> `[batch, height, width, features]`."""
+        """Map `[batch, height, width, inputs]` to `[batch, height, width, features]`."""
         x = nn.Conv(
             self.features,
             (self.kernel_size, self.kernel_size),
@@ -113,14 +115,17 @@ class ConvNormRelu(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Dropout of whole channels, then a linear classifier of each place; float32 in any dtype."""
+    """Dropout of whole channels, then a linear classifier at each position.
+
+    The classifier computes in float32, whatever the dtype of its input.
+    """
 
     num_classes: int
     dropout: float
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """`[batch, h, w, channels]` -> `[batch, h, w, num_classes]`."""
+        """Map `[batch, h, w, channels]` to logits `[batch, h, w, num_classes]`."""
         x = nn.Dropout(self.dropout, broadcast_dims=(1, 2), deterministic=not train)(x)
         return nn.Dense(self.num_classes, kernel_init=_classifier_init, name="linear")(
             x.astype(jnp.float32)
@@ -128,8 +133,11 @@ class Classifier(nn.Module):
 
 
 class SemanticFPN(nn.Module):
-    """A feature pyramid; each level is brought to the finest one by 3×3 convolutions of half its
-    channels and doublings, and their sum is classified."""
+    """A feature pyramid whose levels are upsampled to the finest one, summed and classified.
+
+    Each level is upsampled by a series of 3×3 convolutions with half the pyramid's channels and
+    resizing by a factor of two.
+    """
 
     num_classes: int
     dropout: float
@@ -138,7 +146,7 @@ class SemanticFPN(nn.Module):
 
     @nn.compact
     def __call__(self, maps: Sequence[jax.Array], train: bool) -> jax.Array:
-        """Four maps, the finest first -> logits `[batch, h, w, num_classes]` at the finest."""
+        """Map four maps, finest first, to logits `[batch, h, w, num_classes]` at the finest."""
         conv = functools.partial(
             nn.Conv,
             self.channels,
@@ -163,8 +171,7 @@ class SemanticFPN(nn.Module):
 
 
 class UPerNet(nn.Module):
-    """Pyramid pooling on the coarsest map, a feature pyramid, and all four levels fused at the
-    finest one."""
+    """Pyramid pooling on the coarsest map, and a feature pyramid fused at the finest level."""
 
     num_classes: int
     dropout: float
@@ -173,7 +180,7 @@ class UPerNet(nn.Module):
 
     @nn.compact
     def __call__(self, maps: Sequence[jax.Array], train: bool) -> jax.Array:
-        """Four maps, the finest first -> logits `[batch, h, w, num_classes]` at the finest."""
+        """Map four maps, finest first, to logits `[batch, h, w, num_classes]` at the finest."""
 
         def conv(x, kernel_size, name):
             return ConvNormRelu(self.channels, kernel_size, dtype=self.dtype, name=name)(x, train)
@@ -197,7 +204,7 @@ class UPerNet(nn.Module):
 
 
 class AuxiliaryHead(nn.Module):
-    """A 3×3 convolution and a classifier on one map, to train the backbone more directly."""
+    """A 3×3 convolution and a classifier on one map, which train the backbone more directly."""
 
     num_classes: int
     dropout: float
@@ -206,7 +213,7 @@ class AuxiliaryHead(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """`[batch, h, w, inputs]` -> logits `[batch, h, w, num_classes]`."""
+        """Map `[batch, h, w, inputs]` to logits `[batch, h, w, num_classes]`."""
         x = ConvNormRelu(self.channels, 3, dtype=self.dtype, name="conv")(x, train)
         return Classifier(self.num_classes, self.dropout, name="classifier")(x, train)
 
@@ -214,18 +221,20 @@ class AuxiliaryHead(nn.Module):
 class Segmenter(VVT):
     """A Vicinity Vision Transformer that classifies every pixel.
 
-    Its backbone has the names and fields of the classifier's, so that weights go from one to the
-    other.
+    Its backbone has the same parameter names and fields as the classifier's, so weights can be
+    transferred between the two.
 
     Attributes:
-        head: `"fpn"`, Semantic FPN, or `"upernet"`, UPerNet and an auxiliary head on stage 3's map.
-        head_channels: of the head's pyramid; Semantic FPN's convolutions after it and the auxiliary
-            head have half of them. None: 256 for `"fpn"` and 512 for `"upernet"`, as published.
-        dropout: rate of channels dropped before a classifier, in training.
-        num_classes: 1 or more.
+        head: `"fpn"` for Semantic FPN, or `"upernet"` for UPerNet with an auxiliary head on the map
+            of stage 3.
+        head_channels: number of channels of the head's pyramid. Semantic FPN's convolutions after
+            the pyramid and the auxiliary head have half as many. None means 256 for `"fpn"` and 512
+            for `"upernet"`, as published.
+        dropout: fraction of the channels dropped before each classifier in training.
+        num_classes: number of classes, from 1 to 255.
     """
 
-    head: str = "fpn"  # type: ignore[assignment]  # the classifier has a layer of that name
+    head: str = "fpn"  # type: ignore[assignment]  # a layer in the classifier
     head_channels: int | None = None
     dropout: float = 0.1
     num_classes: int = 150
@@ -233,6 +242,11 @@ class Segmenter(VVT):
     def __post_init__(self):
         if self.head not in HEADS:
             raise ValueError(f"head={self.head!r} does not fit: it is one of {', '.join(HEADS)}.")
+        if isinstance(self.num_classes, int) and self.num_classes > _MOST_CLASSES:
+            raise ValueError(
+                f"num_classes={self.num_classes} does not fit: masks have 8 bits, of which 255 is "
+                f"ignored, so that a segmenter has at most {_MOST_CLASSES} classes."
+            )
         channels = self.head_channels
         if channels is not None and (not isinstance(channels, int) or channels < 2):
             raise ValueError(f"head_channels={channels!r} does not fit: it is a number from 2 up.")
@@ -254,21 +268,22 @@ class Segmenter(VVT):
         if self.head == "upernet":
             self.auxiliary = AuxiliaryHead(self.num_classes, self.dropout, channels // 2, dtype)
 
-    def __call__(  # type: ignore[override]  # in training it gives two
+    def __call__(  # type: ignore[override]  # returns two arrays in training
         self, images: jax.Array, train: bool = False
     ) -> jax.Array | tuple[jax.Array, jax.Array | None]:
-        """Logits of every pixel, `[batch, height, width, num_classes]`, float32.
+        """Return the logits of every pixel, `[batch, height, width, num_classes]`, float32.
 
         Args:
-            images: as for `features`.
-            train: apply drop path and dropout, and normalise by the batch's own statistics; then
-                `rngs={"dropout": key}` and `mutable=["batch_stats"]` are needed.
+            images: normalised images, as for `features`.
+            train: whether to apply drop path and dropout, and to normalise with the statistics of
+                the batch. This needs `rngs={"dropout": key}` and `mutable=["batch_stats"]`.
 
         Returns:
-            The logits; in training (logits, the auxiliary head's or None).
+            The logits. In training, a pair of the logits and those of the auxiliary head, or None
+            if there is no such head.
 
         Raises:
-            ValueError: as `features`.
+            ValueError: if `images` has another shape or is too small, as in `features`.
         """
         maps = self.features(images, train)
         size = images.shape[1:3]
@@ -280,10 +295,10 @@ class Segmenter(VVT):
 
 
 def create_segmenter(name: str, head: str = "fpn", **fields: Any) -> Segmenter:
-    """A segmenter on the backbone of that name, with any field of `Segmenter` overridden.
+    """Create a segmenter on the named backbone, overriding any fields of `Segmenter`.
 
     Raises:
-        ValueError: an unknown name, head or field, or a field's value that does not fit.
+        ValueError: if the name, the head or a field is unknown, or the value of a field is invalid.
     """
     if name not in VARIANTS:
         raise ValueError(f"Unknown model '{name}'{nearest(name, VARIANTS)}")
@@ -291,9 +306,9 @@ def create_segmenter(name: str, head: str = "fpn", **fields: Any) -> Segmenter:
 
 
 def create(name: str, **fields: Any) -> VVT:
-    """A segmenter where the fields name its `head`, and else a classifier.
+    """Create a segmenter if `fields` contains `head`, or else a classifier.
 
     Raises:
-        ValueError: as `create_segmenter` and `create_model`.
+        ValueError: for the reasons given in `create_segmenter` and `create_model`.
     """
     return create_segmenter(name, **fields) if "head" in fields else create_model(name, **fields)

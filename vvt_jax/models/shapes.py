@@ -1,4 +1,4 @@
-"""Which variables a model has, found without computing them."""
+"""The variables of a model and their shapes, found without computing them."""
 
 import functools
 from typing import Any
@@ -12,13 +12,13 @@ from vvt_jax.models.vvt import SMALLEST_SIDE
 
 
 def abstract_variables(model: VVT) -> dict[str, Any]:
-    """The variables of a model as `jax.ShapeDtypeStruct`; nothing is computed.
+    """Return the variables of a model as `jax.ShapeDtypeStruct`, without computing them.
 
-    Tracing takes most of the time in which a model is loaded, so recent answers are kept.
+    Tracing takes most of the time it takes to load a model, so recent results are cached.
     """
     try:
         tree = _cached_variables(model)
-    except TypeError:  # a field is a list, which has no hash
+    except TypeError:  # a field is a list, which can't be hashed
         tree = _trace_variables(model)
     return jax.tree.map(lambda leaf: leaf, tree)  # a copy, so that callers may change it
 
@@ -31,11 +31,11 @@ _cached_variables = functools.lru_cache(maxsize=64)(_trace_variables)
 
 
 def variable_shapes(model: VVT) -> dict[str, tuple[int, ...]]:
-    """The shape of every variable of a model, by its path, e.g. `params/stage1/norm/scale`."""
+    """Return the shape of every variable of a model by path, e.g. `params/stage1/norm/scale`."""
     flat = flatten_dict(abstract_variables(model), sep="/")
     return {path: leaf.shape for path, leaf in flat.items()}
 
 
 def smallest_image() -> jax.Array:
-    """A black image of the smallest size that a model takes: `[1, 32, 32, 3]`."""
+    """Return a black image of the smallest size that models accept: `[1, 32, 32, 3]`."""
     return jnp.zeros((1, SMALLEST_SIDE, SMALLEST_SIDE, 3))

@@ -1,4 +1,4 @@
-"""The Vicinity Vision Transformer: four stages of patch embedding, blocks and LayerNorm.
+"""The Vicinity Vision Transformer: four stages, each a patch embedding, blocks and LayerNorm.
 
 Source: Sun et al., "Vicinity Vision Transformer", arXiv 2206.10552.
 """
@@ -28,12 +28,15 @@ from vvt_jax.models.layers import (
 
 SMALLEST_SIDE = 32  # pixels
 _DTYPES = ("float32", "bfloat16")
-_MOST_BANDS = 2**12  # a map of 16,384 pixels' height has as many rows
+_MOST_BANDS = 2**12  # rows of the first map of an image 16,384 pixels high
 _ATTENTIONS = ("vicinity", "softmax")
 
 
 class Block(nn.Module):
-    """x + attention(LN(x)), then x + FFN(LN(x)), each branch dropped by drop path in training."""
+    """A Transformer block: x + attention(LN(x)), then x + FFN(LN(x)).
+
+    In training, drop path is applied to each branch.
+    """
 
     num_heads: int
     mlp_ratio: int
@@ -47,7 +50,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, drop_rate: jax.Array | None) -> tuple[jax.Array, None]:
-        """`[batch, height, width, channels]` -> (the same shape, None); None is for `nn.scan`."""
+        """Map `[batch, height, width, channels]` to (the same shape, None for `nn.scan`)."""
         attend = (
             SoftmaxAttention(self.num_heads, dtype=self.dtype, name="attention")
             if self.attention == "softmax"
@@ -71,10 +74,10 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """Patch embedding, `depth` blocks, LayerNorm.
+    """A stage of the pyramid: patch embedding, `depth` blocks and LayerNorm.
 
-    The parameters of the blocks are stacked: each has a leading axis of `depth`. `unstack_blocks`
-    takes them apart for a program that runs often; the stage takes either.
+    The parameters of the blocks are stacked along a leading axis of length `depth`.
+    `unstack_blocks` separates them for a program that runs often. The stage accepts both layouts.
     """
 
     features: int
@@ -88,7 +91,10 @@ class Stage(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, drop_rates: jax.Array | None) -> jax.Array:
-        """`[batch, height, width, inputs]`, `[depth]` or None -> `[batch, h, w, features]`."""
+        """Map `[batch, height, width, inputs]` to `[batch, h, w, features]`.
+
+        `drop_rates` is `[depth]`, or None.
+        """
         x = OverlapPatchEmbed(
             self.features, self.kernel_size, self.stride, dtype=self.dtype, name="patch_embed"
         )(x)
@@ -111,10 +117,11 @@ class Stage(nn.Module):
 
 
 def unstack_blocks(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Variables with the stacked parameters of each stage's blocks taken apart, one by one.
+    """Return the variables with the stacked parameters of each stage split block by block.
 
-    `model.apply` takes them as it takes the stacked ones, and always runs them unrolled. Inside a
-    program, XLA copies each block's part out of the stack at every call; this does it once.
+    `model.apply` accepts them like stacked ones, and always runs them unrolled. With stacked
+    parameters, a compiled program copies each block's parameters out of the stack at every call;
+    this function does so once.
     """
     params = {name: dict(part) for name, part in variables["params"].items()}
     for stage in params.values():
@@ -126,31 +133,36 @@ def unstack_blocks(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class VVT(nn.Module):
-    """Vicinity Vision Transformer: a pyramid of four maps, and a linear classifier.
+    """The Vicinity Vision Transformer: a pyramid of four feature maps and a linear classifier.
 
     Attributes:
-        embed_dims: channels of the four stages.
-        depths: blocks of the four stages.
-        num_heads: attention heads of the four stages.
-        mlp_ratios: hidden width of the feed-forward networks, in channels of their stage.
-        feature_reduction: attention works on channels / feature_reduction (FRA).
-        gate_reduction: hidden width of the gate (FPC) is channels / gate_reduction.
-        locality: `"sum"` as published, `"product"`, `"1d"` or `"none"`; see `vvt_jax.attention`.
-        attention: `"vicinity"`, or `"softmax"`, the published ablation: full width, no query, key
-            and value biases, neither FRA nor FPC.
-        clamp: the published clamps around attention; published weights need them.
+        embed_dims: channels of each of the four stages.
+        depths: number of blocks in each stage.
+        num_heads: number of attention heads in each stage.
+        mlp_ratios: hidden width of each stage's feed-forward networks, as a multiple of the stage's
+            channels.
+        feature_reduction: attention in each stage works on channels / feature_reduction (FRA).
+        gate_reduction: the hidden width of the gate (FPC) is channels / gate_reduction.
+        locality: `"sum"`, as published, `"product"`, `"1d"` or `"none"`; see `vvt_jax.attention`.
+        attention: `"vicinity"`, or `"softmax"`, the published ablation: full width, without query,
+            key and value biases, FRA and FPC.
+        clamp: whether to apply the published clamps around attention, which the published weights
+            need.
         patch_strides: strides of the four patch embeddings.
-        drop_path_rate: of the last block in training; it rises linearly from 0 at the first.
-        num_classes: 0 gives pooled features instead of logits.
-        dtype: of the computation, `"float32"` or `"bfloat16"`; parameters and logits are float32.
-        remat: keep only each block's input for the backward pass, and compute the rest again. On a
-            CPU it needs `unroll=False`: of unrolled blocks, XLA merges the two computations.
-        ffn_bands: the feed-forward networks of the first stage make their hidden map, the widest of
-            the model, in so many bands of rows, and later stages in as many as keep a band's part
-            as small: less memory for large images, equal to rounding, and on a CPU faster there.
-            1: whole.
-        unroll: lay a stage's blocks out one after the other (runs faster) instead of scanning over
-            them (compiles faster).
+        drop_path_rate: drop path rate of the last block in training. The rate rises linearly from 0
+            at the first block.
+        num_classes: number of classes. With 0, the model returns pooled features instead of logits.
+        dtype: dtype of the computation, `"float32"` or `"bfloat16"`. Parameters and logits are
+            always float32.
+        remat: whether to keep only each block's input for the backward pass and recompute the rest.
+            On a CPU this needs `unroll=False`, because XLA merges the original computation and the
+            recomputation if the blocks are unrolled.
+        ffn_bands: number of bands of rows in which the feed-forward networks of the first stage
+            compute their hidden map, the widest map of the model. Later stages use just enough
+            bands to keep each no larger than in the first stage. Bands save memory with large
+            images, and on a CPU also time; results agree up to rounding. 1 computes the map whole.
+        unroll: whether to unroll the blocks of a stage, which runs faster, instead of scanning over
+            them, which compiles faster.
     """
 
     embed_dims: tuple[int, int, int, int] = (96, 160, 320, 512)
@@ -208,18 +220,19 @@ class VVT(nn.Module):
     def features(
         self, images: jax.Array, train: bool = False
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """The four maps, each after its stage's LayerNorm.
+        """Return the feature maps of the four stages, each after its stage's LayerNorm.
 
         Args:
-            images: normalised, `[batch, height, width, 3]`, from 32 pixels a side up.
-            train: apply drop path; needs `rngs={"dropout": key}` where its rate is not zero.
+            images: normalised images, `[batch, height, width, 3]`, at least 32 pixels a side.
+            train: whether to apply drop path, which needs `rngs={"dropout": key}` unless its rate
+                is zero.
 
         Returns:
-            Four maps `[batch, h, w, channels]` in `dtype`, at strides 4, 8, 16, 32 with the default
-            `patch_strides`; h and w are rounded up at each stage.
+            Four maps `[batch, h, w, channels]` in `dtype`. With the default `patch_strides`, their
+            strides are 4, 8, 16 and 32. h and w are rounded up at each stage.
 
         Raises:
-            ValueError: images of another rank, or too small.
+            ValueError: if `images` has another shape or is too small.
         """
         check_image_shape(images.shape)
         rates: list[jax.Array | None] = [None] * 4
@@ -234,17 +247,18 @@ class VVT(nn.Module):
         return tuple(maps)
 
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        """Logits `[batch, num_classes]`, or pooled features `[batch, channels]` where it is 0.
+        """Return logits `[batch, num_classes]`.
 
-        Args and errors as for `features`; the result is float32 in any dtype.
+        If `num_classes` is 0, return the pooled features `[batch, channels]` instead. The arguments
+        and errors are those of `features`. The result is float32, whatever the model's `dtype`.
         """
         pooled = self.features(images, train)[-1].mean((1, 2), dtype=jnp.float32)
         return self.head(pooled) if self.num_classes else pooled
 
 
 def check_image_shape(shape: Sequence[Any]) -> None:
-    """Raises ValueError unless a model takes images of that shape: `[batch, height, width, 3]`."""
-    # each side on its own: an export's symbolic sides can't be compared with one another
+    """Raise ValueError unless models accept images of this shape: `[batch, height, width, 3]`."""
+    # Check each side on its own: an export's symbolic sides can't be compared with one another.
     small = any(side < SMALLEST_SIDE for side in shape[1:3])
     if len(shape) != 4 or shape[-1] != 3 or small:
         raise ValueError(
@@ -253,10 +267,10 @@ def check_image_shape(shape: Sequence[Any]) -> None:
         )
 
 
-Model = TypeVar("Model", bound=VVT)  # the classifier, or what is built upon its stages
+Model = TypeVar("Model", bound=VVT)  # the classifier, or a model built on its stages
 
 VARIANTS = {
-    # 233,682 parameters with 10 classes; for small images, where patch_strides may differ
+    # For small images, which may need other patch_strides; 233,682 parameters with 10 classes
     "vvt_nano": {
         "embed_dims": (32, 48, 64, 64),
         "depths": (1, 1, 1, 1),
@@ -271,15 +285,15 @@ VARIANTS = {
 
 
 def list_models() -> list[str]:
-    """Names that `create_model` takes, from the smallest up."""
+    """Return the names that `create_model` accepts, from the smallest model to the largest."""
     return list(VARIANTS)
 
 
 def create_model(name: str, **fields) -> VVT:
-    """A model by its name, with any field of `VVT` overridden.
+    """Create a model by name, overriding any fields of `VVT`.
 
     Raises:
-        ValueError: an unknown name or field, or a field's value that does not fit.
+        ValueError: if the name or a field is unknown, or the value of a field is invalid.
     """
     if name not in VARIANTS:
         raise ValueError(f"Unknown model '{name}'{nearest(name, VARIANTS)}")
@@ -287,10 +301,12 @@ def create_model(name: str, **fields) -> VVT:
 
 
 def from_fields(kind: type[Model], fields: Mapping[str, Any]) -> Model:
-    """A model of that class from its fields by name, with lists for tuples as JSON has them.
+    """Create a model of class `kind` from a mapping of field names to values.
+
+    Tuples may be given as lists, as they are after a round trip through JSON.
 
     Raises:
-        ValueError: an unknown field, or a value that does not fit.
+        ValueError: if a field is unknown or its value is invalid.
     """
     known = model_fields(kind())
     for field in fields:
@@ -301,13 +317,16 @@ def from_fields(kind: type[Model], fields: Mapping[str, Any]) -> Model:
 
 
 def model_fields(model: nn.Module) -> dict:
-    """The fields that a model was made with, by name; linen's own `parent` and `name` left out."""
+    """Return the fields of a model by name, except linen's own `parent` and `name`."""
     names = (f.name for f in dataclasses.fields(model))
     return {name: getattr(model, name) for name in names if name not in ("parent", "name")}
 
 
 def nearest(name: str, known) -> str:
-    """The end of a sentence about an unknown name: the one that may be meant, or all there are."""
+    """Return the end of an error message about an unknown name.
+
+    It suggests the closest known name, or lists all of them if none is close.
+    """
     near = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean '{near[0]}'?" if near else f": it is one of {', '.join(known)}."
 

@@ -1,1 +1,1 @@
-"""What the program needs of its surroundings: files, locks, signals, errors, the command line."""
+"""Interfaces to the operating system: files, locks, signals, errors and the command line."""

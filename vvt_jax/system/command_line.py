@@ -1,4 +1,4 @@
-"""What commands share: how they end, how arguments are read, and what is not overwritten."""
+"""Functions shared by all commands: ending with errors, parsing arguments, and checking outputs."""
 
 import ast
 import contextlib
@@ -13,12 +13,13 @@ from vvt_jax.system.errors import UserError
 
 @contextlib.contextmanager
 def ending_in_a_sentence(written: Path | None = None) -> Iterator[None]:
-    """Ends the program with one sentence and status 1 for what the user can mend, and with the
-    shell's status 130 after Ctrl-C.
+    """End the program with one sentence and status 1 on errors that the user can fix.
+
+    After Ctrl-C, it ends with the shell's status 130.
 
     Args:
-        written: what the command writes, for errors of the file system that name no file; None
-            leaves these errors alone.
+        written: the file or folder that the command writes, for file system errors that don't name
+            a file. If it is None, file system errors are not handled.
     """
     try:
         yield
@@ -33,10 +34,10 @@ def ending_in_a_sentence(written: Path | None = None) -> Iterator[None]:
 
 
 def parse_fields(settings: Sequence[str]) -> dict[str, Any]:
-    """Fields of a model from texts `name=value`, as commands take them.
+    """Parse `name=value` arguments of a command into fields of a model.
 
     Raises:
-        UserError: a text without `=`.
+        UserError: an argument contains no `=`.
     """
     fields = {}
     for setting in settings:
@@ -51,10 +52,10 @@ def parse_fields(settings: Sequence[str]) -> dict[str, Any]:
 
 
 def check_output(path: Path, *, force: bool) -> None:
-    """Refuses to write where something is, unless `force`.
+    """Check that writing to a path would not overwrite anything, unless `force` is set.
 
     Raises:
-        UserError: there is a file, or a folder that is not empty.
+        UserError: there is a file, or a folder that is not empty, or the path can't be accessed.
     """
     try:
         taken = any(path.iterdir()) if path.is_dir() else path.exists()

@@ -1,22 +1,22 @@
-"""What a user can mend: commands print it as one sentence and exit with status 1."""
+"""Errors that the user can fix: commands print them as one sentence and exit with status 1."""
 
 import contextlib
 import errno
 import os
 from collections.abc import Iterator
 
-USER_ERROR = 1  # exit status: what only the user can mend, so that another try fails likewise
-CRASH = 70  # exit status of any other error (EX_SOFTWARE): another try may succeed
-_LONGEST = 8000  # characters of a message; a path has up to 4096
+USER_ERROR = 1  # exit status of errors that only the user can fix: another attempt fails, too
+CRASH = 70  # exit status of any other error (EX_SOFTWARE): another attempt may succeed
+_LONGEST = 8000  # characters in a message; a path can have up to 4096
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class UserError(ValueError):
-    """Bad input. The message is one sentence that names the thing and the mend.
+    """Bad input. The message is one sentence that says what is wrong and how to fix it.
 
-    It stays on one line and does not act on a terminal, whatever a file's name or its content has
-    put into it: characters that can't be printed are written as Python's escapes, and of a message
-    of more than 8000 characters the middle is left out.
+    The message stays on one line and can't control a terminal, whatever a file's name or content
+    put into it: unprintable characters are written as Python escapes, and the middle of a message
+    that is longer than 8000 characters is left out.
     """
 
     def __init__(self, message: str):
@@ -26,7 +26,7 @@ class UserError(ValueError):
 
 
 class UnwrittenError(UserError):
-    """A file of a run that can't be written, most often because the disk is full."""
+    """A file of a run can't be written, most often because the disk is full."""
 
 
 class MissingPackageError(UserError):
@@ -35,10 +35,10 @@ class MissingPackageError(UserError):
 
 @contextlib.contextmanager
 def telling_of_full_disks(folder: str | os.PathLike) -> Iterator[None]:
-    """Says which file of a run has no room on its disk.
+    """Turn errors from a full disk into an UnwrittenError that names the file.
 
     Args:
-        folder: of the run, named where the system does not name the file.
+        folder: the run's folder, named if the system doesn't name the file.
     """
     try:
         yield

@@ -1,9 +1,9 @@
-"""Memory in pages of 2 MB instead of 4 kB, where Linux gives them to who asks.
+"""Memory pages of 2 MB instead of 4 kB, on Linux systems that provide them on request.
 
-XLA takes the temporaries of a program anew for each call, on a CPU from the C library. Handing out
+On a CPU, XLA allocates a program's temporary buffers from the C library at each call. Providing
 hundreds of megabytes page by page took Linux a third of a training step of vvt_tiny
-(experiments/costs). The C library asks for larger pages if `GLIBC_TUNABLES` says so when a program
-starts, and at no other time.
+(experiments/costs). The C library requests larger pages if `GLIBC_TUNABLES` says so when a program
+starts; it can't be changed later.
 """
 
 import os
@@ -17,12 +17,12 @@ MODE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def restart_with_huge_pages() -> None:
-    """Starts this very process again, once, with the variable set, where that has an effect.
+    """Restart this process once, with the environment variable set, if that has an effect.
 
-    Process number, arguments and open files stay. Does nothing where the variable names the tunable
-    already (`GLIBC_TUNABLES=glibc.malloc.hugetlb=0` keeps small pages), or where Linux gives huge
-    pages unasked or never, or after jax was imported: then a program that runs already has run the
-    command's module as a part of its work.
+    The process ID, arguments and open files remain the same. This does nothing if the variable
+    already sets the tunable (`GLIBC_TUNABLES=glibc.malloc.hugetlb=0` keeps small pages), or if
+    Linux provides huge pages always or never. It also does nothing once JAX is imported, because
+    the command's module is then being run by a program that is already at work.
     """
     environment = with_huge_pages(os.environ, _mode())
     if environment is not None and "jax" not in sys.modules:
@@ -30,11 +30,12 @@ def restart_with_huge_pages() -> None:
 
 
 def with_huge_pages(environment: Mapping[str, str], mode: str) -> dict[str, str] | None:
-    """The environment that asks for them, or None where nothing has to change.
+    """Return the environment that requests huge pages, or None if no change is needed.
 
     Args:
-        environment: variables by name.
-        mode: the choice of transparent huge pages as Linux writes it, `"always [madvise] never"`.
+        environment: the environment variables by name.
+        mode: the setting of transparent huge pages in the format of Linux, such as
+            `"always [madvise] never"`.
     """
     tunables = environment.get(_VARIABLE, "")
     if "[madvise]" not in mode or _TUNABLE in tunables:
@@ -45,5 +46,5 @@ def with_huge_pages(environment: Mapping[str, str], mode: str) -> dict[str, str]
 def _mode() -> str:
     try:
         return MODE.read_text()
-    except OSError:  # another system, or a kernel without them
+    except OSError:  # another system, or a kernel without huge pages
         return ""

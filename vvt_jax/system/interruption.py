@@ -1,9 +1,10 @@
-"""SIGTERM and Ctrl-C during a run: noticed between steps, so that nothing is lost.
+"""Handling SIGTERM and Ctrl-C between the steps of a run, so that no progress is lost.
 
-Several processes have to stop after the same step. jax agrees on one, in threads of its own: the
-signal's news goes round, each process tells how far it is, and all stop one step after the furthest
-(`multihost_utils.reached_preemption_sync_point`). That costs a step 0.2 µs and no wait. Its handler
-of SIGTERM, set by `jax.distributed.initialize`, must not be replaced by one in Python.
+Several processes must stop after the same step, which JAX agrees on in its own threads: the news of
+the signal is shared, each process reports its current step, and all of them stop one step after
+the furthest (`multihost_utils.reached_preemption_sync_point`). This costs 0.2 µs per step and no
+waiting. JAX's handler of SIGTERM, which `jax.distributed.initialize` sets, must not be replaced by
+one in Python.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from jax.experimental import multihost_utils
 
 
 class Interrupted(Exception):  # noqa: N818 - an outcome of a run, not an error in it
-    """A run that a signal ended, after it was saved."""
+    """A run was saved and then ended because of a signal."""
 
     def __init__(self, signum: int, step: int):
         self.exit_status = 128 + signum  # the shell's convention: 143 for SIGTERM, 130 for SIGINT
@@ -26,13 +27,13 @@ class Interrupted(Exception):  # noqa: N818 - an outcome of a run, not an error 
 
 
 class Interruption:
-    """Inside the `with`, the first SIGTERM or SIGINT is only noted; a second one acts at once.
+    """A context in which the first SIGTERM or SIGINT is only recorded, and a second one acts.
 
-    Outside the main thread, where Python takes no signals, nothing is ever noted. In one of several
-    processes SIGTERM is jax's: a second one does nothing.
+    Outside the main thread, where Python can't handle signals, nothing is ever recorded. In one of
+    several processes, SIGTERM is handled by JAX, and a second one has no effect.
 
     Attributes:
-        signum: the signal that the run stops for, None as long as it goes on.
+        signum: the signal that the run stops for, or None while it continues.
     """
 
     def __init__(self) -> None:
@@ -47,11 +48,11 @@ class Interruption:
         return self
 
     def stops_after(self, steps: int) -> bool:
-        """Whether a run of one or several processes is to stop; the same answer in all of them.
+        """Return whether the run should stop now; the answer is the same in all processes.
 
         Args:
-            steps: that were begun here, counted from where the processes joined: in contrast to the
-                run's own count, it is 0 for one that got the signal before its first step.
+            steps: the number of steps begun since the processes joined. Unlike the run's own step
+                count, it is 0 in a process that gets the signal before its first step.
         """
         if not self._alone and multihost_utils.reached_preemption_sync_point(steps):
             self.signum = signal.SIGTERM
@@ -65,8 +66,8 @@ class Interruption:
         self.__exit__()
         if self._alone:
             self.signum = signum
-        else:  # SIGTERM is what jax tells the others of
+        else:  # JAX shares only SIGTERM with the other processes
             os.kill(os.getpid(), signal.SIGTERM)
-        # Not by print: Python refuses one inside another, which the signal may have interrupted.
-        with contextlib.suppress(OSError):  # nobody may read it
+        # Not with print: the signal may have interrupted another print, and Python forbids nesting.
+        with contextlib.suppress(OSError):  # there may be no reader
             os.write(2, f"\n{signal.Signals(signum).name}: saving after this step.\n".encode())

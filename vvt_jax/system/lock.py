@@ -1,4 +1,4 @@
-"""One run at a time in a workdir."""
+"""A lock that allows only one run at a time in a workdir."""
 
 import contextlib
 import errno
@@ -12,18 +12,18 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 class WorkdirError(UserError):
-    """A folder that can't hold a run."""
+    """A folder can't be used as a workdir."""
 
 
 class WorkdirInUseError(UserError):
-    """A workdir in which another run is going on."""
+    """Another run is in progress in a workdir."""
 
 
 def check_workdir(workdir: AnyPath) -> None:
-    """Refuses a folder that can't even be looked at.
+    """Check that a workdir can be accessed at all.
 
     Raises:
-        WorkdirError: its name is too long, or it lies where this user may not look.
+        WorkdirError: its name is too long, or this user has no permission to access it.
     """
     if storage.is_remote(workdir):
         return
@@ -39,18 +39,18 @@ def _unfit(workdir: AnyPath, error: Exception) -> WorkdirError:
 
 
 class WorkdirLock:
-    """Inside the `with`, a second one for the same folder is refused, in this process or another.
+    """A context that holds the lock of a workdir, against this process and all others.
 
-    The system holds the lock, on the file `lock`, and gives it up with the process, however that
-    ends: the file may stay. Where the system, the file system or an object store knows no locks,
-    this does nothing.
+    The operating system locks the file `lock`, and releases the lock however the process ends, so
+    the file can stay. This does nothing in object stores, or if the operating system or the file
+    system doesn't support locks.
 
     Args:
-        workdir: made if it is missing.
+        workdir: the workdir, which is created if it is missing.
 
     Raises:
-        WorkdirInUseError: another run holds it.
-        WorkdirError: it can't be made.
+        WorkdirInUseError: another run holds the lock.
+        WorkdirError: the workdir can't be created.
     """
 
     def __init__(self, workdir: AnyPath):
@@ -68,7 +68,7 @@ class WorkdirLock:
             try:
                 self._workdir.mkdir(parents=True, exist_ok=True)
                 file = stack.enter_context((self._workdir / "lock").open("ab"))
-            except (OSError, ValueError) as error:  # a zero byte in the name is a ValueError
+            except (OSError, ValueError) as error:  # a null byte in the name is a ValueError
                 if isinstance(error, OSError) and error.errno in NO_ROOM:
                     raise
                 raise _unfit(self._workdir, error) from error

@@ -1,4 +1,4 @@
-"""Standard output and error that nobody may be reading any more."""
+"""Standard output and standard error that survive the loss of their reader."""
 
 import os
 import sys
@@ -7,11 +7,11 @@ from typing import Any, TextIO
 
 
 def outlive_readers() -> None:
-    """Lets the program go on when its output can no longer be written.
+    """Let the program continue when its output can no longer be written.
 
-    The reader of a pipe may have left, as `| head -1` does, a terminal may be closed, the disk of a
-    log may be full. From then on what is written goes nowhere. Without this, Python raises an error
-    in whatever happens to print next.
+    The reader of a pipe may have exited, as `| head -1` does, a terminal may have been closed, or
+    the disk of a log may be full. From then on, all output is discarded. Otherwise, Python would
+    raise an error in whatever code happens to print next.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -21,7 +21,7 @@ def outlive_readers() -> None:
 
 
 class _Outliving:
-    """A text stream whose descriptor is turned to the null device once it can't be written to."""
+    """A text stream that is redirected to the null device once it can't be written to."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -50,4 +50,4 @@ class _Outliving:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, self._stream.fileno())
         os.close(null)
-        self._stream.flush()  # what waited in the buffer
+        self._stream.flush()  # what is still in the buffer

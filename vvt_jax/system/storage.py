@@ -1,13 +1,13 @@
-"""Files on this machine and in object stores (`gs://`, `s3://`), and how they are written to last.
+"""Safe reading and writing of files on this machine and in object stores (`gs://`, `s3://`).
 
-A file system appends to a file, syncs it and gives it a name when it is whole. An object store does
-none of that, but shows an object only once all of it is there. This module alone knows which is
-which: it reads what is there or raises OSError with the reason in `strerror`, and it writes so that
-a kill at any moment leaves the old file or the new one.
+A file system can append to a file, sync it, and rename it once it is complete. An object store can
+do none of this, but an object becomes visible only once it is complete. Only this module needs to
+know the difference. Reading either succeeds or raises OSError with the reason in `strerror`, and
+writing leaves either the old file or the new one, even if the program is killed at any moment.
 
-Every local file that the program is given is opened by `open_file`, or by a function here that
-calls it. After following links it must be a regular file, of at most the size that its kind allows:
-a pipe would block for ever, and a file that is far too large belongs to something else.
+Every local file that the user provides is opened by `open_file`, or by a function here that calls
+it. After following links, it must be a regular file, and no larger than the limit for its kind:
+reading a pipe could block forever, and a file that is far too large isn't the one that was meant.
 """
 
 import contextlib
@@ -29,13 +29,13 @@ from etils import epath
 
 from vvt_jax.system.errors import UserError
 
-AnyPath: TypeAlias = Path  # or an `epath.Path`, which has the same methods
-_PACKAGES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # and the extra that has it
-_AHEAD = 2**22  # bytes that are fetched at once where an object is read from its start to its end
-_SECONDS = 60  # between two times that a growing file is written anew
+AnyPath: TypeAlias = Path  # or `epath.Path`, which has the same methods
+_PACKAGES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # and the extra that installs it
+_AHEAD = 2**22  # bytes to fetch at once when an object is read sequentially
+_SECONDS = 60  # between rewrites of a growing file
 
 
-_KINDS = {  # of what is not a regular file, by what `stat.S_IFMT` gives
+_KINDS = {  # names for what is not a regular file, by the result of `stat.S_IFMT`
     stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device",
@@ -44,13 +44,13 @@ _KINDS = {  # of what is not a regular file, by what `stat.S_IFMT` gives
 
 
 class StorageError(UserError):
-    """A place that can't be reached or written."""
+    """A file or folder can't be reached or written."""
 
 
 class SizeLimit(enum.IntEnum):
-    """The largest file that is read of each kind, in bytes."""
+    """The maximum sizes of files to read, by their kind, in bytes."""
 
-    LABELS = 2**22  # class names, one a line; a million short ones
+    LABELS = 2**22  # class names, one per line; a million short ones
     CONFIG = 2**26  # a model's or a run's config.json; 20,000 class names take about 2^19
     DESCRIPTION = 2**26  # the JSON files that describe a prepared data set
     SUMS = 2**26  # the list of a checkpoint's files
@@ -58,27 +58,27 @@ class SizeLimit(enum.IntEnum):
     IMAGE = 2**29
     RECORD = 2**30  # one record of a data set; its file may have any size
     METRICS = 2**31  # metrics.jsonl; ten million lines
-    ARRAYS = 2**32  # a raw data set, or the index of a prepared one, that is read whole
+    ARRAYS = 2**32  # a raw data set, or the index of a prepared one, which is read whole
     WEIGHTS = 2**34  # model.safetensors or a .pth file; vvt_large's training state has 2^30
 
 
 def is_remote(path: str | os.PathLike) -> bool:
-    """Whether it lies in an object store."""
+    """Return whether a path is in an object store."""
     return "://" in os.fspath(path)
 
 
 def locate(path: str | os.PathLike) -> AnyPath:
-    """The path of a file or folder that a user named, there already or not.
+    """Return the path of a file or folder that the user named, whether or not it exists.
 
     Args:
-        path: of this machine, or a URL such as `gs://bucket/folder`.
+        path: a path on this machine, or a URL such as `gs://bucket/folder`.
 
     Returns:
-        A `pathlib.Path`, or an `epath.Path` of an object store, which was asked whether it answers.
+        A `pathlib.Path`, or an `epath.Path` for an object store, after checking that it responds.
 
     Raises:
-        StorageError: an empty name, another kind of URL, a package that is missing, or a store
-            that can't be reached.
+        StorageError: the name is empty, the kind of URL is not supported, a package is missing, or
+            the store can't be reached.
     """
     text = os.fspath(path)
     if not text:
@@ -99,7 +99,7 @@ def locate(path: str | os.PathLike) -> AnyPath:
     package, extra = _PACKAGES[scheme]
     if importlib.util.find_spec(package) is None:
         raise StorageError(f"{text} needs {package}: pip install 'vvt_jax[{extra}]'.")
-    logging.getLogger(package).setLevel(logging.CRITICAL)  # it logs with a traceback what it raises
+    logging.getLogger(package).setLevel(logging.CRITICAL)  # it logs a traceback of what it raises
     place = epath.Path(text)
     try:
         with _os_errors(text):
@@ -110,31 +110,31 @@ def locate(path: str | os.PathLike) -> AnyPath:
 
 
 def absolute(path: AnyPath) -> AnyPath:
-    """The same place, whatever the working folder will be."""
+    """Return the absolute path, which stays valid if the working directory changes."""
     return path if is_remote(path) else path.absolute()
 
 
 def is_folder(path: AnyPath) -> bool:
-    """Whether it is a folder; False where that can't be seen."""
-    # pathlib's raises where it may not look
+    """Return whether a path is a folder; False if it can't be accessed."""
+    # pathlib's method raises an error if access is denied.
     return path.is_dir() if is_remote(path) else os.path.isdir(path)
 
 
 def open_file(path: str | os.PathLike, limit: int | None, *, buffering: int = -1) -> BinaryIO:
-    """Opens a file to read it; one of an object store is fetched whole.
+    """Open a file for reading; a file in an object store is fetched whole.
 
     Args:
         path: the file, or a link to it.
-        limit: its largest size in bytes, most often of `SizeLimit`; None: any size.
-        buffering: as for the built-in `open`.
+        limit: the maximum size in bytes, usually from `SizeLimit`; None allows any size.
+        buffering: the same as for the built-in `open`.
 
     Raises:
-        OSError: it can't be read, is not a regular file, or is larger than the limit; the reason is
-            in `strerror`.
+        OSError: the file can't be read, is not a regular file, or is larger than the limit; the
+            reason is in `strerror`.
     """
     if is_remote(path):
         return io.BytesIO(read_bytes(path, limit))
-    # Without O_NONBLOCK, opening a pipe waits for somebody who writes into it
+    # Without O_NONBLOCK, opening a pipe would wait for a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     try:
         status = os.fstat(descriptor)
@@ -158,40 +158,40 @@ def _check_size(path: str | os.PathLike, size: int, limit: int | None) -> None:
 
 
 def read_bytes(path: str | os.PathLike, limit: int | None = None) -> bytes:
-    """A whole file; arguments and errors as for `open_file`."""
+    """Read a whole file; arguments and errors are the same as for `open_file`."""
     with _os_errors(path):
         if is_remote(path):
             if limit is not None:
                 _check_size(path, _file_system(path).size(os.fspath(path)) or 0, limit)
             return _path(path).read_bytes()
         with open_file(path, limit) as file:
-            # No more than it had when it was opened, since `read` makes room for what it is told
+            # Read at most its size when opened, since `read` allocates as much as is requested.
             content = file.read(os.fstat(file.fileno()).st_size)
     return content
 
 
 def read_text(path: str | os.PathLike, limit: int | None) -> str:
-    """A whole file of UTF-8; further errors as for `open_file`.
+    """Read a whole file as UTF-8; other errors are the same as for `open_file`.
 
     Raises:
-        UnicodeDecodeError: it is not UTF-8.
+        UnicodeDecodeError: the file is not UTF-8.
     """
     return read_bytes(path, limit).decode("utf-8")
 
 
 def read_range(path: str | os.PathLike, start: int, end: int) -> bytes:
-    """The bytes of a file from `start` up to, not including, `end`; fewer where it is shorter."""
+    """Read a file's bytes from `start` up to, not including, `end`, or fewer if it is shorter."""
     with _os_errors(path):
         if is_remote(path):
             return _file_system(path).cat_file(os.fspath(path), start=start, end=end)
-        # Opened anew: data sets have more files than a process may keep open.
+        # Open it each time, because data sets have more files than a process may keep open.
         with open_file(path, None, buffering=0) as file:
             return os.pread(file.fileno(), end - start, start)
 
 
 @contextlib.contextmanager
 def open_to_skim(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A file of which parts are read in their order, by `seek` and `read`."""
+    """Open a file of which parts will be read in ascending order, with `seek` and `read`."""
     with _os_errors(path):
         if is_remote(path):
             files = _file_system(path)
@@ -203,7 +203,7 @@ def open_to_skim(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 def fingerprints(paths: Sequence[str]) -> list[tuple]:
-    """Of each file, what changes when it does: its place, its size in bytes and its version."""
+    """Return what changes when each file does: its location, its size in bytes and its version."""
     listings: dict[str, dict[str, Any]] = {}
     found: list[tuple] = []
     for path in paths:
@@ -225,11 +225,11 @@ def fingerprints(paths: Sequence[str]) -> list[tuple]:
 
 
 def list_folder(path: AnyPath) -> tuple[list[str], list[str]]:
-    """The names of the folders in a folder, and those of its files; both sorted."""
+    """Return the names of the folders in a folder, and those of its files, both sorted."""
     with _os_errors(path):
         if is_remote(path):
             entries = _file_system(path).ls(os.fspath(path), detail=True)
-            own = os.fspath(path).partition("://")[2].rstrip("/")  # a marker that some tools leave
+            own = os.fspath(path).partition("://")[2].rstrip("/")  # some tools leave such a marker
             kinds = {e["name"].rstrip("/"): e["type"] for e in entries}
             named = sorted((n.rpartition("/")[2], kind) for n, kind in kinds.items() if n != own)
             folders = [name for name, kind in named if kind == "directory"]
@@ -241,10 +241,10 @@ def list_folder(path: AnyPath) -> tuple[list[str], list[str]]:
 
 
 def replace(path: AnyPath, content: bytes) -> None:
-    """Writes a whole file, with the folders it is in; a reader sees the old one or the new one.
+    """Write a whole file, creating its folders; readers see either the old file or the new one.
 
     Raises:
-        StorageError: it can't be written.
+        StorageError: the file can't be written.
     """
     try:
         with _os_errors(path):
@@ -261,8 +261,11 @@ def replace(path: AnyPath, content: bytes) -> None:
 
 @contextlib.contextmanager
 def local_folder(path: AnyPath) -> Iterator[Path]:
-    """A folder on this machine for a library that writes there only: the folder itself, or one
-    whose files are copied to it at the end."""
+    """Provide a local folder for a library that can only write to local folders.
+
+    It is the folder itself, if that is local, or a temporary one whose files are copied to `path`
+    at the end.
+    """
     if not is_remote(path):
         yield Path(path)
         return
@@ -274,25 +277,25 @@ def local_folder(path: AnyPath) -> Iterator[Path]:
 
 
 def open_journal(path: AnyPath, lines: Iterable[str]) -> "Journal":
-    """A text file of lines that grows; what it had before is replaced by the lines given."""
+    """Open a growing text file, replacing any earlier content with the given lines."""
     return _Rewritten(path, lines) if is_remote(path) else Journal(path, lines)
 
 
 class Journal:
-    """Lines are on disk when `add` returns."""
+    """A growing text file whose lines are on disk when `add` returns."""
 
     def __init__(self, path: AnyPath, lines: Iterable[str]):
         replace(path, _joined(lines))
         self._file = path.open("ab")
 
     def add(self, line: str) -> None:
-        """Appends a line, without its end."""
+        """Append a line, given without its newline."""
         self._file.write(_joined([line]))
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def flush(self) -> None:
-        """All lines are there to last when this returns."""
+        """Make sure that all lines are stored permanently when this returns."""
 
     def close(self) -> None:
         self.flush()
@@ -300,8 +303,11 @@ class Journal:
 
 
 class _Rewritten(Journal):
-    """The whole object is written anew: on `flush`, and by `add` where the last time is long ago,
-    since a file that grows line by line would be sent as often as it has lines."""
+    """A growing text file in an object store, which has to be rewritten as a whole.
+
+    It is written on `flush`, and by `add` only if the last time is long enough ago: otherwise the
+    whole file would be sent once for each line.
+    """
 
     def __init__(self, path: AnyPath, lines: Iterable[str]):
         self._path, self._content = path, io.BytesIO()
@@ -342,7 +348,7 @@ def _file_system(path: str | os.PathLike) -> Any:
 
 @contextlib.contextmanager
 def _os_errors(path: str | os.PathLike) -> Iterator[None]:
-    """Gives one kind of error, with its reason, to what the stores' libraries raise."""
+    """Turn whatever the stores' libraries raise into an OSError with its reason."""
     try:
         yield
     except UserError:
@@ -350,7 +356,7 @@ def _os_errors(path: str | os.PathLike) -> Iterator[None]:
     except FileNotFoundError as error:
         reason = error.strerror or os.strerror(errno.ENOENT)
         raise FileNotFoundError(errno.ENOENT, reason, os.fspath(path)) from error
-    except Exception as error:  # whatever their network layers do
+    except Exception as error:  # whatever their network layers raise
         if isinstance(error, OSError) and error.strerror:
             raise
         reason = str(error).strip().partition("\n")[0][:200].rstrip(".")

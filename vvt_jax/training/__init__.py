@@ -1,1 +1,1 @@
-"""How a model is trained: its optimizer, losses and step, what is measured and what is kept."""
+"""Model training: the optimizer, losses and training step, evaluation, and checkpoints."""

@@ -1,4 +1,4 @@
-"""Pictures and tables of an evaluation: who is taken for whom, and how well each class does."""
+"""Pictures and tables of an evaluation: confusion matrices, results per class, and metrics."""
 
 import csv
 import io
@@ -11,17 +11,17 @@ from vvt_jax.system import storage
 from vvt_jax.system.errors import MissingPackageError
 from vvt_jax.system.storage import AnyPath
 
-_NUMBERS_UP_TO, _NAMES_UP_TO = 20, 50  # classes
+_NUMBERS_UP_TO, _NAMES_UP_TO = 20, 50  # most classes to label with counts, or with names
 
 
 def write_per_class(path: AnyPath, confusion: np.ndarray, class_names: Sequence[str]) -> None:
-    """A CSV line for each class: examples, hits, accuracy, and what it is most often taken for.
+    """Write a CSV file with the examples, hits, accuracy and most frequent confusion of each class.
 
     Args:
-        path: of the file.
-        confusion: int `[classes, predicted classes]`; rows are the true classes, columns the
-            predicted ones, of which there may be more.
-        class_names: of the columns, in the order of the labels.
+        path: the path of the file.
+        confusion: the confusion matrix, int `[classes, predicted classes]`. Rows are the true
+            classes and columns the predicted ones, of which there may be more.
+        class_names: the names of the predicted classes, in the order of the labels.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -47,12 +47,13 @@ def write_per_class(path: AnyPath, confusion: np.ndarray, class_names: Sequence[
 
 
 def write_per_class_iou(path: AnyPath, confusion: np.ndarray, class_names: Sequence[str]) -> None:
-    """A CSV line for each class: pixels, hits, accuracy, intersection over union.
+    """Write a CSV file with the pixels, hits, accuracy and intersection over union of each class.
 
     Args:
-        path: of the file.
-        confusion: int `[classes, classes]` of pixels; rows are the true classes.
-        class_names: in the order of the labels.
+        path: the path of the file.
+        confusion: the confusion matrix of pixels, int `[classes, classes]`; rows are the true
+            classes.
+        class_names: the class names, in the order of the labels.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -80,14 +81,16 @@ def write_corruptions(
     relative: Mapping[str, float],
     severities: Sequence[int],
 ) -> None:
-    """A CSV line for each corruption: top-1 error at each severity, their mean, and the corruption
-    error, which is relative to AlexNet's.
+    """Write a CSV file with the errors for each corruption.
+
+    These are the top-1 error at each severity, their mean, and the corruption error, which is
+    relative to that of AlexNet.
 
     Args:
-        path: of the file.
-        errors: fractions, of each corruption one for each severity.
-        relative: the corruption error of each.
-        severities: the columns' names.
+        path: the path of the file.
+        errors: the top-1 errors of each corruption as fractions, one per severity.
+        relative: the corruption error of each corruption.
+        severities: the severities, for the names of the columns.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -100,17 +103,17 @@ def write_corruptions(
 
 
 def write_metrics(path: AnyPath, step: int, metrics: Mapping[str, float]) -> None:
-    """All measurements of an evaluation as a JSON object, with the step they are of."""
+    """Write all metrics of an evaluation as a JSON object, together with its step."""
     storage.replace(path, (json.dumps({"step": step, **metrics}, indent=2) + "\n").encode())
 
 
 def draw_confusion(path: AnyPath, confusion: np.ndarray, class_names: Sequence[str]) -> None:
-    """The matrix as a PNG picture, each row in shares of its class's examples.
+    """Draw a confusion matrix as a PNG picture, with colours for the fraction of each row's total.
 
     Args:
-        path: of the file.
-        confusion: int `[classes, classes]`; rows are the true classes.
-        class_names: in the order of the labels.
+        path: the path of the file.
+        confusion: the confusion matrix, int `[classes, classes]`; rows are the true classes.
+        class_names: the class names, in the order of the labels.
 
     Raises:
         MissingPackageError: matplotlib is not installed.

@@ -1,13 +1,14 @@
-"""Checkpoints of a run, the one place that touches orbax.
+"""Checkpoints of a run. This is the only module that uses Orbax.
 
 A checkpoint holds the `TrainState` (parameters, the model's other collections, optimizer state,
-averaged weights, totals, step) and the bookkeeping below. The data's position is not in it: batch i
-follows from the seed and i alone, so the step says where the data goes on.
+averaged weights, totals, step) and the bookkeeping below. It doesn't need the position in the data:
+batch i depends only on the seed and i, so the step determines where the data resumes.
 
-Orbax gives back arrays with a flipped bit without a word. So SHA-256 sums of a checkpoint's files
-lie beside them, and are verified before a restore. They are of files, not of arrays: another layout
-over devices or processes reads the same files, and the sums are made in the background, after the
-arrays left the devices. They are written before the folder gets its final name: none is without.
+Orbax doesn't notice flipped bits in the arrays that it restores. SHA-256 checksums are therefore
+stored beside a checkpoint's files, and verified before it is restored. They are checksums of files
+rather than arrays, because a different layout over devices or processes reads the same files, and
+because they can then be computed in the background, after the arrays have left the devices. They
+are written before the folder gets its final name, so every complete checkpoint has them.
 """
 
 import contextlib
@@ -40,20 +41,21 @@ State = TypeVar("State")
 
 
 class CheckpointError(UserError):
-    """A checkpoint that can't be read, or written."""
+    """A checkpoint can't be read or written."""
 
 
 class UnwrittenCheckpointError(CheckpointError, UnwrittenError):
-    """A checkpoint that can't be written."""
+    """A checkpoint can't be written."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Best:
-    """The best evaluation so far: the bookkeeping of a run beside its state.
+    """The best evaluation so far, which is the bookkeeping stored with a run's state.
 
     Attributes:
-        step: where it was, the earliest of equals; 0 for none.
-        score: its validation top-1 or mIoU, a fraction.
+        step: the step of the best evaluation, the earliest one if several are equal; 0 if there has
+            been none.
+        score: its validation top-1 accuracy or mIoU, as a fraction.
     """
 
     step: int = 0
@@ -61,7 +63,7 @@ class Best:
 
 
 def check_folder(folder: AnyPath) -> None:
-    """Raises CheckpointError for an object store that orbax does not write to."""
+    """Raise CheckpointError if the folder is in an object store that Orbax can't write to."""
     if storage.is_remote(folder) and not str(folder).startswith("gs://"):
         raise CheckpointError(
             f"{folder} can't hold checkpoints: they go into a folder, or to gs://; data and model "
@@ -70,12 +72,12 @@ def check_folder(folder: AnyPath) -> None:
 
 
 class Checkpoints:
-    """The checkpoints in a folder; written in the background, the newest and the best are kept.
+    """The checkpoints in a folder, written in the background. The newest and the best are kept.
 
     Args:
-        folder: made if it is missing, unless it is only read.
-        keep: how many of the newest are kept; None only reads.
-        say: takes the sentences about damaged checkpoints that were passed over.
+        folder: the folder, which is created if it is missing, unless `keep` is None.
+        keep: the number of newest checkpoints to keep, or None to only read checkpoints.
+        say: a function that is called with sentences about damaged checkpoints that were skipped.
     """
 
     def __init__(self, folder: AnyPath, *, keep: int | None, say: Callable[[str], object] = print):
@@ -90,7 +92,7 @@ class Checkpoints:
         state, bookkeeping = _SummedState(), _SummedBookkeeping()
         for arguments in (ocp.args.StandardSave, ocp.args.StandardRestore):
             handlers.add("state", arguments, state)
-        if self._reads_only:  # it would take the sums' place where a state is saved
+        if self._reads_only:  # when saving, it would replace the handler with checksums
             handlers.add("state", ocp.args.PyTreeRestore, ocp.PyTreeCheckpointHandler())
         for arguments in (ocp.args.JsonSave, ocp.args.JsonRestore):
             handlers.add("bookkeeping", arguments, bookkeeping)
@@ -99,7 +101,7 @@ class Checkpoints:
             handler_registry=handlers,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=self._kept,
-                # In the background, a folder that can't be made is waited for, for 20 minutes
+                # In the background, Orbax would wait 20 minutes for a folder it can't create.
                 async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
                 cleanup_tmp_directories=keep is not None,
                 create=keep is not None,
@@ -116,18 +118,18 @@ class Checkpoints:
         except Exception as error:
             if not _is_of_files(error):
                 raise
-            if kind is None:  # else the block has already failed, maybe by the same
+            if kind is None:  # otherwise the block already failed, perhaps for this reason
                 raise self._unwritten(error) from error
 
     def latest_step(self) -> int | None:
-        """The step of the newest complete checkpoint, None where there is none."""
+        """Return the step of the newest complete checkpoint, or None if there is none."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, best: Best) -> None:
-        """Saves in the background; a step that is already there is left as it is.
+        """Save a checkpoint in the background, unless the latest one is of the same step.
 
         Raises:
-            CheckpointError: this one, or the one before, can't be written.
+            CheckpointError: this checkpoint, or the previous one, can't be written.
         """
         if step == self.latest_step():
             return
@@ -141,7 +143,7 @@ class Checkpoints:
                     bookkeeping=ocp.args.JsonSave(book),
                 ),
             )
-        except Exception as error:  # of this one, or of the one before, in the background
+        except Exception as error:  # from this save, or from the previous one in the background
             if not _is_of_files(error):
                 raise
             raise self._unwritten(error) from error
@@ -149,38 +151,45 @@ class Checkpoints:
     def restore(
         self, abstract_state: State, *, without: Collection[str] = ()
     ) -> tuple[State, Best]:
-        """The newest checkpoint that is sound.
+        """Restore the newest intact checkpoint.
 
-        Damaged ones are passed over, which is said, and, unless this only reads, they are renamed
-        to `STEP.damaged`, so that none of them is taken for the latest later.
+        Damaged checkpoints are skipped and reported. Unless this object only reads, they are also
+        renamed to `STEP.damaged`, so that none of them is mistaken for the latest one later.
 
         Args:
-            abstract_state: shapes, dtypes and shardings of the state to return.
-            without: fields of the state that are neither read nor compared; in the given state
-                they hold no arrays. Only for checkpoints that are only read.
+            abstract_state: the shapes, dtypes and shardings of the state to return.
+            without: fields of the state that are neither read nor compared. In the returned state,
+                they are as in `abstract_state` and hold no arrays. This is only possible if this
+                object only reads.
+
+        Returns:
+            The state, and the best evaluation when it was saved.
 
         Raises:
-            CheckpointError: all are damaged, or it is of another format version or another model.
+            CheckpointError: all checkpoints are damaged, or the checkpoint has another format
+                version or is of another model.
         """
         step = self._newest_sound_step()
         saved = self._saved_tree(step)
         compared = {name: tree for name, tree in saved.items() if name not in without}
-        # First: a restore that fails halfway leaves TensorStore's threads to print tracebacks.
+        # Compare first: if a restore fails halfway, TensorStore's threads print tracebacks.
         if difference := _first_difference(compared, abstract_state):
             raise CheckpointError(
                 f"The checkpoint {self._folder / str(step)} is of another model or optimizer: "
                 f"{difference}; use another workdir, or the config that it was made with."
             )
         state, best = self._read(step, abstract_state, without)
-        # Arrays of orbax's own making may share memory with what it read: the step donates them.
+        # Copy: Orbax's arrays may share memory with what it read, and the step donates them.
         return jax.tree.map(lambda x: x.copy(), state), best
 
     def restore_variables(self) -> dict[str, Any]:
-        """What `model.apply` takes, of the newest sound checkpoint: the averaged weights, if it has
-        some, else the parameters, and the model's other collections; on the first device.
+        """Restore the variables for `model.apply` from the newest intact checkpoint.
+
+        They are the averaged weights, if the checkpoint has them, otherwise the parameters, and the
+        model's other collections. All of them are put on the first device.
 
         Raises:
-            CheckpointError: as `restore`.
+            CheckpointError: as for `restore`.
         """
         step = self._newest_sound_step()
         layout = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -194,7 +203,7 @@ class Checkpoints:
         return {"params": found[params], **found.get("mutable", {})}
 
     def _newest_sound_step(self) -> int:
-        """As the first process finds: all have to restore the same one."""
+        """Return the step that the first process finds: all of them must restore the same one."""
         step, error = 0, None
         if jax.process_index() == 0:
             try:
@@ -217,7 +226,7 @@ class Checkpoints:
             except DamagedError as error:
                 damaged[step] = str(error)
                 continue
-            for bad, how in damaged.items():  # only now that there is one to go on from
+            for bad, how in damaged.items():  # only now that there is one to resume from
                 aside = "" if self._reads_only else f"; it is now {self._put_aside(bad)}"
                 self._say(
                     f"The checkpoint {self._folder / str(bad)} is damaged ({how}){aside}. "
@@ -268,7 +277,7 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(state=state, bookkeeping=ocp.args.JsonRestore()),
             )
-        except Exception as error:  # orbax raises whatever its storage layers do
+        except Exception as error:  # Orbax raises whatever its storage layers raise
             if not _is_of_files(error):
                 raise
             raise self._unreadable(step, error) from error
@@ -297,17 +306,20 @@ class Checkpoints:
 
 
 class _Manager(ocp.CheckpointManager):
-    """Leaves preemption to the run, which asks for its sync point itself: asked with other steps,
-    and from the thread that writes in the background, jax would agree on one that never comes."""
+    """A checkpoint manager that ignores preemption.
+
+    The run itself asks JAX for the preemption sync point. If Orbax asked as well, with different
+    step numbers and from its background thread, JAX would agree on a point that is never reached.
+    """
 
     def reached_preemption(self, step: int) -> bool:
-        """Never, as far as orbax goes."""
+        """Return False, so that Orbax never acts on preemption."""
         del step
         return False
 
 
 class _NewestAndBest(PreservationPolicy):
-    """Keeps the newest checkpoints and the best one, wherever that is."""
+    """Keeps the newest checkpoints and the best one, however old it is."""
 
     def __init__(self, newest: int):
         self._newest = newest
@@ -316,14 +328,18 @@ class _NewestAndBest(PreservationPolicy):
     def should_preserve(
         self, checkpoints: Sequence[PolicyCheckpointInfo], *, context: PreservationContext
     ) -> Sequence[bool]:
-        """One answer for each checkpoint, the oldest first."""
+        """Return whether to keep each checkpoint; the oldest one comes first."""
         first = len(checkpoints) - self._newest
         return [i >= first or found.step == self.best_step for i, found in enumerate(checkpoints)]
 
 
 class _SummedState(ocp.StandardCheckpointHandler):
     def finalize(self, directory: epath.Path) -> None:
-        """Called in the first process, when all have written, before the folder is renamed."""
+        """Write the checksums.
+
+        Orbax calls this in the first process, after all processes have written their files and
+        before the folder is renamed.
+        """
         with _announcing_full_disks(directory):
             super().finalize(directory)
             write_sums(directory)
@@ -338,7 +354,7 @@ class _SummedBookkeeping(ocp.JsonCheckpointHandler):
 
 @contextlib.contextmanager
 def _announcing_full_disks(directory: epath.Path) -> Iterator[None]:
-    """Tells other processes, which otherwise wait for this one for twenty minutes."""
+    """Announce a full disk to the other processes, which otherwise wait for twenty minutes."""
     try:
         yield
     except OSError as error:
@@ -355,7 +371,7 @@ def _unwritten(folder: epath.Path, error: Exception) -> str:
 
 
 def _partial_restore(wanted: Any) -> ocp.args.PyTreeRestore:
-    """Reads what is in the given tree, and nothing else of the checkpoint."""
+    """Return arguments to read only what is in the given tree from a checkpoint."""
     return ocp.args.PyTreeRestore(
         item=wanted,
         restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
@@ -364,7 +380,7 @@ def _partial_restore(wanted: Any) -> ocp.args.PyTreeRestore:
 
 
 def _read_version(folder: epath.Path) -> object:
-    """The format version of a checkpoint that may be of another one, None if it has none."""
+    """Return a checkpoint's format version, which may differ from ours, or None if it has none."""
     try:
         path = folder / "bookkeeping" / "metadata"
         return json.loads(storage.read_text(path, storage.SizeLimit.CONFIG))["format_version"]
@@ -373,7 +389,7 @@ def _read_version(folder: epath.Path) -> object:
 
 
 def _first_difference(saved: Any, wanted: Any) -> str | None:
-    """The first array of two trees that is not in both with one shape."""
+    """Describe the first array that isn't in both trees with the same shape; None if all are."""
 
     def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
         leaves = jax.tree_util.tree_leaves_with_path(tree)
@@ -389,8 +405,10 @@ def _first_difference(saved: Any, wanted: Any) -> str | None:
 
 
 def _is_of_files(error: BaseException | None) -> bool:
-    """Whether files are the reason for an error, and not another process or the devices: orbax
-    makes a barrier's error one of its own."""
+    """Return whether an error was caused by files, rather than by another process or the devices.
+
+    The chain of causes is searched, because Orbax turns errors of a barrier into its own errors.
+    """
     chain: list[BaseException] = []
     while error is not None and error not in chain:
         chain.append(error)
@@ -406,5 +424,5 @@ def _describe(error: Exception) -> str:
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
-    """What orbax logs of a failed save: it is raised too, and told in a sentence."""
+    """Filter out what Orbax logs about a failed save, which is also raised and reported."""
     return not (record.exc_info and ("orbax" in record.pathname or "orbax" in record.getMessage()))

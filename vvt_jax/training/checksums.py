@@ -1,4 +1,4 @@
-"""SHA-256 sums of a checkpoint's files, which lie beside them."""
+"""SHA-256 checksums of a checkpoint's files, which are stored beside them."""
 
 import hashlib
 from collections.abc import Iterator
@@ -7,22 +7,25 @@ from etils import epath
 
 from vvt_jax.system import storage
 
-SUMS = "SHA256SUMS"  # `sha256sum --check SHA256SUMS` reads it
+SUMS = "SHA256SUMS"  # in the format of `sha256sum --check SHA256SUMS`
 _CHUNK = 1 << 20  # bytes
 
 
 class DamagedError(Exception):
-    """A checkpoint whose files are not the ones that were written; says how."""
+    """The files of a checkpoint are not as they were written; the message says which one."""
 
 
 def write_sums(folder: epath.Path) -> None:
-    """Lists all files of the folder; what orbax adds later is only a mark that it is complete."""
+    """Write the checksums of all files in a folder.
+
+    Orbax later adds only a file that marks the folder as complete.
+    """
     sums = {path.relative_to(folder).as_posix(): _sum(path) for path in _files(folder)}
     (folder / SUMS).write_text("".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
 
 
 def verify_sums(folder: epath.Path) -> None:
-    """Raises `DamagedError`, unless all files on the folder's list are what was written."""
+    """Raise `DamagedError` unless all files on the folder's list are as they were written."""
     try:
         content = storage.read_bytes(folder / SUMS, storage.SizeLimit.SUMS)
         lines = content.decode(errors="replace").splitlines()
@@ -34,7 +37,7 @@ def verify_sums(folder: epath.Path) -> None:
         expected, _, name = line.partition("  ")
         try:
             found = _sum(folder / name)
-        except (OSError, ValueError) as error:  # the latter of a name that can be none
+        except (OSError, ValueError) as error:  # ValueError if the name isn't valid
             raise DamagedError(f"{folder.name}/{name} is missing") from error
         if found != expected:
             raise DamagedError(f"{folder.name}/{name} is not what was written")

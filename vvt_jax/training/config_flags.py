@@ -16,15 +16,15 @@ from vvt_jax.training.configuration import DURATIONS, UNITS, ConfigError
 
 
 def flagged_fields(config_flag: flags.FlagHolder) -> frozenset[str]:
-    """The fields that the command line sets, such as `data.size`."""
+    """Return the fields that the command line sets, such as `data.size`."""
     return frozenset(config_flags.get_override_values(flags.FLAGS[config_flag.name]))
 
 
 def _replace_units(config: ConfigDict, flagged: Collection[str]) -> None:
-    """Lets a duration that the command line gives replace the config's, whatever its unit.
+    """Let durations from the command line replace those of the config, whatever their units.
 
     Raises:
-        ConfigError: the command line gives one duration in several units.
+        ConfigError: the command line sets one duration in several units.
     """
     for name in DURATIONS:
         values = {unit: config[f"{name}_{unit}"] for unit in UNITS}
@@ -38,17 +38,19 @@ def _replace_units(config: ConfigDict, flagged: Collection[str]) -> None:
 
 
 def parse_flags(argv: list[str], config_flag: flags.FlagHolder) -> list[str]:
-    """Parses a command's flags for `absl.app.run`; what is wrong with the config ends the program
-    with one sentence. Returns the arguments that are no flags."""
+    """Parse a command's flags for `absl.app.run` and return the arguments that aren't flags.
+
+    If anything is wrong with the config, the program ends with one sentence.
+    """
 
     def stop(reason: str) -> NoReturn:
-        sys.exit(f"error: {UserError(reason)}")  # which is one line that can be printed
+        sys.exit(f"error: {UserError(reason)}")  # makes it one printable line
 
     try:
         rest = flags.FLAGS(_find_config(argv))
         if flags.FLAGS["verbosity"].using_default_value:
             flags.FLAGS.verbosity = logging.WARNING  # type: ignore[assignment]
-        getattr(config_flag.value, "mode", None)  # an unreadable file complains when it is used
+        getattr(config_flag.value, "mode", None)  # an unreadable file raises an error on first use
         if not isinstance(config_flag.value, ConfigDict):
             kind = type(config_flag.value).__name__
             raise ConfigError(f"The config file's get_config() returns a {kind}, not a ConfigDict.")
@@ -69,18 +71,20 @@ def parse_flags(argv: list[str], config_flag: flags.FlagHolder) -> list[str]:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         stop(
             f"The config file can't be read: {lines[-1].strip()}."
-        )  # paths that were tried go before
+        )  # the lines before list the paths that were tried
     except SystemExit as error:
         if argv[1:] and any(re.match(r"--?(help|\?)", arg) for arg in argv[1:]):
-            sys.exit(0)  # absl would say 1
+            sys.exit(0)  # absl would exit with status 1
         stop(f"The config file ends the program, with status {error.code}.")
-    except Exception as error:  # whatever the config's own code raises
+    except Exception as error:  # whatever the config file's code raises
         stop(f"The config file can't be read: {_described(error)}.")
 
 
 def _find_config(argv: list[str]) -> list[str]:
-    """The arguments with a config that comes with the package, such as `configs/digits.py`, found
-    where it is installed, unless there is such a file in the current folder."""
+    """Return the arguments with the installed path of a config that comes with the package.
+
+    A path such as `configs/digits.py` is replaced, unless the current folder has such a file.
+    """
     arguments = list(argv)
     for i, argument in enumerate(argv):
         flag, equals, value = argument.partition("=")
@@ -100,8 +104,10 @@ def _find_config(argv: list[str]) -> list[str]:
 
 
 def _flag_error(text: str) -> str:
-    """What absl says of a flag, in a line. A config's own error comes with its traceback, which may
-    go on with further lines of the error."""
+    """Reduce absl's error message about a flag to one line.
+
+    An error in a config file comes with its traceback, and its message may have further lines.
+    """
     if "--config must have a value other than None" in text and "--config=None" in text:
         return "There is no config: give --config=FILE, whose get_config() returns a ConfigDict."
     lines = [line for line in text.strip().splitlines() if line.strip()] or ["a flag is wrong"]
@@ -112,9 +118,9 @@ def _flag_error(text: str) -> str:
 
 
 def _described(error: Exception) -> str:
-    """An error of a config's own code, and the line of its file that it comes from."""
+    """Describe an error in a config file's code, with the line that it comes from."""
     reason = str(error).strip().partition("\n")[0].rstrip(".")
-    if isinstance(error, SyntaxError):  # it says the file and the line itself
+    if isinstance(error, SyntaxError):  # it already names the file and the line
         return f"SyntaxError: {reason}"
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
@@ -122,8 +128,10 @@ def _described(error: Exception) -> str:
 
 
 def unknown_field(error: AttributeError, argv: list[str]) -> str:
-    """One sentence about a field that ml_collections does not know, from the command line or set by
-    a config file, with the nearest one that it does know."""
+    """Return one sentence about a field that doesn't exist, and the most similar one that does.
+
+    The field was set on the command line or by a config file.
+    """
     told = str(error).replace("\\'", "'")
     if not (found := re.search(r"""Key "(\w+)"|'(\w+)'""", told)):
         return f"The config can't be read: {told}."

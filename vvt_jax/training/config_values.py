@@ -1,7 +1,7 @@
-"""The values that each field of a config may have, checked before anything is compiled or written.
+"""Rules for the values of each config field, checked before anything is compiled or written.
 
-`RULES` has a rule for every field of `configs/common.py`. A rule returns what is wrong with a
-value, or an empty string.
+`RULES` has a rule for every field of `configs/common.py`, apart from those of the model. A rule
+returns what is wrong with a value, or an empty string.
 """
 
 import math
@@ -16,11 +16,11 @@ Rule = Callable[[Any], str]
 _MOST_STEPS = 2**31 - 1  # the state counts steps in int32
 _MOST_IMAGES = 2**20  # in a batch
 _MOST_PIXELS = 2**16  # on a side
-_SMALLEST, _LARGEST = 1.2e-38, 3e38  # that float32 holds
+_SMALLEST, _LARGEST = 1.2e-38, 3e38  # limits of float32
 
 
 def _whole(low: int, high: int) -> Rule:
-    """Whole numbers from `low` up to and including `high`."""
+    """Return a rule for integers from `low` up to and including `high`."""
 
     def check(value: Any) -> str:
         if not isinstance(value, int) or isinstance(value, bool):
@@ -31,13 +31,13 @@ def _whole(low: int, high: int) -> Rule:
 
 
 def _real(low: float, high: float = _LARGEST, *, above: bool = False, below: bool = False) -> Rule:
-    """Finite numbers from `low` up to `high`.
+    """Return a rule for finite numbers from `low` up to `high`.
 
     Args:
-        low: smallest value.
-        high: largest value.
-        above: exclude `low` itself.
-        below: exclude `high` itself.
+        low: the smallest value.
+        high: the largest value.
+        above: whether to exclude `low` itself.
+        below: whether to exclude `high` itself.
     """
 
     def check(value: Any) -> str:
@@ -88,18 +88,18 @@ def _flag(value: Any) -> str:
 
 
 def _optional(rule: Rule) -> Rule:
-    """A rule for a field that may also be None."""
+    """Return a rule for a field that may also be None."""
     return lambda value: "" if value is None else rule(value)
 
 
 def _each(rule: Rule, what: str, count: int | None = None, example: str = "") -> Rule:
-    """A tuple whose elements all follow a rule.
+    """Return a rule for tuples whose elements all follow another rule.
 
     Args:
-        rule: of each element.
-        what: the elements in words.
-        count: how many elements there have to be; None: any number.
-        example: how such a tuple is written.
+        rule: the rule for each element.
+        what: a phrase that describes the elements.
+        count: the required number of elements; None allows any number.
+        example: an example of how to write such a tuple.
     """
 
     def check(value: Any) -> str:
@@ -125,7 +125,7 @@ def _pattern(value: Any) -> str:
 
 
 def _by_the_model(value: Any) -> str:
-    """The model itself refuses what does not fit it."""
+    """Accept any value, because the model itself rejects invalid ones."""
     del value
     return ""
 
@@ -136,7 +136,7 @@ def _epochs(*, above: bool) -> Rule:
 
 
 def _duration(name: str, low: int) -> dict[str, Rule]:
-    """Rules of one duration in its three units; `low` is 1 where it can't be zero."""
+    """Return the rules for a duration's three units; `low` is 1 if the duration can't be zero."""
     return {
         f"{name}_steps": _optional(_whole(low, _MOST_STEPS)),
         f"{name}_examples": _optional(_whole(low, 10**15)),
@@ -152,7 +152,7 @@ _SHARE = _real(0.0, 1.0, above=True)
 _SIDE = _whole(1, _MOST_PIXELS)
 
 RULES: dict[str, Rule] = {
-    "seed": _whole(0, 2**31 - 1),  # the state holds 32 bits of it
+    "seed": _whole(0, 2**31 - 1),  # the state stores it in 32 bits
     "mode": _one_of("train", "eval"),
     "batch_size": _whole(1, _MOST_IMAGES),
     **_duration("total", 1),
@@ -223,19 +223,19 @@ RULES: dict[str, Rule] = {
     "optimizer.label_smoothing": _BELOW_ONE,
     "optimizer.auxiliary_weight": _NOT_NEGATIVE,
     "optimizer.ema_decay": _BELOW_ONE,
-    "optimizer.accumulate": _whole(0, _MOST_IMAGES),  # and it has to divide the batch
+    "optimizer.accumulate": _whole(0, _MOST_IMAGES),  # it must also divide the batch size
     "optimizer.layer_decay": _SHARE,
     "optimizer.freeze": _each(_pattern, "regular expressions", example="\"('stage1/',)\""),
 }
 
 
 def rule_of(field: str) -> Rule | None:
-    """The rule of a field such as `data.size`; None where there is none."""
+    """Return the rule for a field such as `data.size`, or None if there is none."""
     return _by_the_model if field.startswith("model.") else RULES.get(field)
 
 
 def _unwrap(value: Any) -> Any:
-    """A value without NumPy's types, which configs take from computations."""
+    """Convert NumPy types, which values computed in a config may have, into Python's own."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, tuple | list):
@@ -244,10 +244,10 @@ def _unwrap(value: Any) -> Any:
 
 
 def problem_of(fields: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The first field whose value can't be meant, and what is wrong with it.
+    """Return the first field with an invalid value and what is wrong with it, or None.
 
     Args:
-        fields: values by field, such as `data.size`.
+        fields: the values by field, such as `data.size`.
     """
     for field, value in fields.items():
         rule = rule_of(field)

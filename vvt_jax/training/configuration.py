@@ -1,4 +1,4 @@
-"""Checks of a run's config: its values, and that a resumed run has the config it started with."""
+"""Checks of a run's config: its values, and whether a resumed run has its original config."""
 
 import copy
 import json
@@ -13,8 +13,8 @@ from vvt_jax.system.errors import UserError
 from vvt_jax.system.storage import AnyPath
 from vvt_jax.training import config_values
 
-# What a resume may change: it alters neither the updates nor what they are measured on. A dot at
-# the end stands for all fields below.
+# The fields that may be changed on resuming, because they affect neither the updates nor what they
+# are measured on. A dot at the end stands for all fields below it.
 _FREE = (
     "mode",
     "mesh.",
@@ -37,8 +37,9 @@ _FREE = (
     "profile_at_step",
     "profile_steps",
 )
-# Where the processes of one run may differ: what concerns only the machine that each runs on. The
-# data has to be the same, but may lie elsewhere; it is compared by itself.
+# The fields that may differ between the processes of a run, because they concern only the machine
+# that each of them runs on. The data must be the same, which is checked separately, but may be
+# in different places.
 _OF_A_PROCESS = (
     "distributed.",
     "data.data_dir",
@@ -50,24 +51,24 @@ _OF_A_PROCESS = (
 )
 UNITS = ("steps", "examples", "epochs")
 DURATIONS = ("total", "log_every", "eval_every", "checkpoint_every", "optimizer.warmup")
-_NOWHERE = "nothing"  # stands for a field that one of two configs lacks
-# What the program did before a field existed, for each field whose default in configs/common.py
-# changes that: a function of the older run's config, as `config.json` has it.
+_NOWHERE = "nothing"  # stands for a field that is missing in one of two configs
+# How the program behaved before a field existed, for each field whose default in configs/common.py
+# behaves differently: a function of the older run's config, as stored in `config.json`.
 _BEFORE: dict[str, Callable[[Mapping[str, Any]], Any]] = {
-    # Only prepared data sets were read as they are stored.
+    # Back then, only prepared data sets were read in their stored orientation.
     "data.upright": lambda config: not config["data"]["source"].startswith("tfds:"),
 }
 
 
 class ConfigError(UserError):
-    """A config that can't be run."""
+    """A config can't be run."""
 
 
 def check_values(config: ConfigDict) -> None:
-    """Checks every value of a config, before anything is compiled or written.
+    """Check every value of a config, before anything is compiled or written.
 
     Raises:
-        ConfigError: a value that can't be meant; the field is named.
+        ConfigError: a value is invalid; the message names the field.
     """
     fields = _flatten(config.to_dict())
     if missing := sorted(set(config_values.RULES) - set(fields)):
@@ -80,7 +81,7 @@ def check_values(config: ConfigDict) -> None:
             raise ConfigError(
                 f"config.{field} is a {kind}, which no JSON file can hold."
             ) from error
-    fields = _keep_first_units(fields)  # other units of a duration don't count
+    fields = _keep_first_units(fields)  # a duration's other units are ignored
 
     def refuse(field: str, why: str):
         raise ConfigError(f"config.{field}={fields[field]!r} can't be run: {why}.")
@@ -110,16 +111,17 @@ def in_steps(
     default: float = 0.0,
     default_steps: int | None = None,
 ) -> int:
-    """A duration in steps, rounded; the first that is given of `NAME_steps`, `NAME_examples` and
-    `NAME_epochs`.
+    """Return a duration in steps, rounded.
+
+    The first of `NAME_steps`, `NAME_examples` and `NAME_epochs` that is set determines it.
 
     Args:
-        fields: the part of the config that has it.
-        name: such as `total` or `eval_every`.
-        batch_size: examples of a step.
-        examples: of an epoch.
-        default: epochs, where none of the three is given.
-        default_steps: the same in steps; it goes before `default`.
+        fields: the part of the config that contains the duration.
+        name: the duration's name, such as `total` or `eval_every`.
+        batch_size: the number of examples per step.
+        examples: the number of examples per epoch.
+        default: the default in epochs, used if none of the three fields is set.
+        default_steps: the default in steps, which takes precedence over `default`.
     """
     steps, seen, epochs = (fields[f"{name}_{unit}"] for unit in UNITS)
     if steps is None and seen is None and epochs is None:
@@ -130,7 +132,7 @@ def in_steps(
 
 
 def read(workdir: AnyPath) -> dict[str, Any] | None:
-    """The config that a run started with, as JSON has it; None where the folder holds no run.
+    """Read the config that a run started with, as JSON values; None if the folder holds no run.
 
     Raises:
         ConfigError: `config.json` is damaged.
@@ -152,22 +154,22 @@ def read(workdir: AnyPath) -> dict[str, Any] | None:
 
 
 def settle(config: ConfigDict, workdir: AnyPath, *, write: bool = True) -> None:
-    """Writes `config.json` into a new run's folder; in an old one's, compares. To evaluate it only
-    compares.
+    """Compare the config with that of an earlier run in the workdir, and write `config.json`.
 
-    A field that the old run's config lacks was added to the program later: it counts as what the
-    program did before. Preprocessing and inference are not compared to evaluate, since the run's
-    record decides about them (`vvt_jax.training.run_record`), and neither is the split to train on.
+    In an evaluation, it is only compared. If the earlier run's config lacks a field, the field was
+    added to the program later, and is taken to mean what the program did before. An evaluation
+    doesn't compare preprocessing and inference, which are determined by the run's record
+    (`vvt_jax.training.run_record`), or the training split.
 
     Args:
-        config: of the run.
-        workdir: its folder.
-        write: False in a process whose group has another one for it.
+        config: the config of the run.
+        workdir: the folder of the run.
+        write: whether to write the file; False if another process of the group does so.
 
     Raises:
-        ConfigError: the folder belongs to a run with another config; the fields are named.
+        ConfigError: the folder belongs to a run with another config; the message names the fields.
     """
-    from vvt_jax.data.preprocess import FIELDS  # after --help
+    from vvt_jax.data.preprocess import FIELDS  # imported late, to keep --help fast
 
     given = _as_json(config)
     before = read(workdir)
@@ -193,13 +195,15 @@ def settle(config: ConfigDict, workdir: AnyPath, *, write: bool = True) -> None:
 def as_before(
     config: ConfigDict, before: Mapping[str, Any], flagged: Collection[str]
 ) -> ConfigDict:
-    """The config to resume an older run with: fields that the program did not have then stay at
-    what it did, unless the config sets them itself.
+    """Return the config for resuming an older run.
+
+    Fields that the program didn't have at the time are set to what it did then, unless the config
+    sets them itself.
 
     Args:
-        config: of the resumed run.
-        before: the older run's, as `read` gives it.
-        flagged: fields that were set on the command line.
+        config: the config of the resumed run.
+        before: the config of the older run, as returned by `read`.
+        flagged: the fields that were set on the command line.
     """
     missing = set(_flatten(_as_json(config))) - set(_flatten(before))
     defaults = _defaults()
@@ -215,7 +219,7 @@ def as_before(
 
 
 def replaced(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
-    """A copy with other values, by field such as `data.size`; lists become tuples."""
+    """Return a copy with other values, given by field such as `data.size`; lists become tuples."""
     config = copy.deepcopy(config)
     config.update_from_flattened_dict(
         {field: tuple(v) if isinstance(v, list) else v for field, v in values.items()}
@@ -224,13 +228,13 @@ def replaced(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
 
 
 def values_of(config: ConfigDict, fields: Iterable[str]) -> dict[str, Any]:
-    """The values of some fields, as JSON has them, by field such as `data.size`."""
+    """Return the values of some fields as JSON values, by field such as `data.size`."""
     values = _flatten(_as_json(config))
     return {field: values[field] for field in fields}
 
 
 def shared_fields(config: ConfigDict) -> dict[str, Any]:
-    """All that the processes of one run must have in common, by field such as `config.seed`."""
+    """Return the values that must be the same in all processes, by field such as `config.seed`."""
     return {
         f"config.{field}": value
         for field, value in _flatten(_as_json(config)).items()
@@ -239,18 +243,18 @@ def shared_fields(config: ConfigDict) -> dict[str, Any]:
 
 
 def _is_one_of(field: str, names: Collection[str]) -> bool:
-    """Whether a field is listed; a name with a dot at its end stands for all fields below."""
+    """Return whether a field is listed; a name that ends in a dot stands for all fields below."""
     return any(field.startswith(name) if name[-1] == "." else field == name for name in names)
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Each field in which two configs differ, with both values."""
+    """Yield each field in which two configs differ, with both values."""
     before, now = _flatten(old), _flatten(new)
     defaults = _defaults()
     for field in sorted(set(now) - set(before)):
         if field in _BEFORE:
             before[field] = _BEFORE[field](old)
-        else:  # one that even configs/common.py lacks means nothing to the program
+        else:  # a field that configs/common.py lacks, too, has no effect
             before[field] = defaults.get(field, now[field])
     counted, counts = _keep_first_units(before), _keep_first_units(now)
     for field in sorted(before):
@@ -260,7 +264,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tup
 
 
 def _keep_first_units(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields without the units of each duration that do not count, see `in_steps`."""
+    """Return the fields with each duration's ignored units set to None, see `in_steps`."""
     kept = dict(fields)
     for name in DURATIONS:
         units = [f"{name}_{unit}" for unit in UNITS]
@@ -270,16 +274,16 @@ def _keep_first_units(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _defaults() -> dict[str, Any]:
-    """The fields of configs/common.py."""
+    """Return the fields of configs/common.py with their values."""
     try:
         from configs import common
-    except ImportError:  # a program with configs of its own
+    except ImportError:  # a program with its own configs
         return {}
     return _flatten(_as_json(common.get_config()))
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by field, such as `data.size`."""
+    """Flatten a nested mapping into values by field, such as `data.size`."""
     fields: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -294,7 +298,7 @@ def _as_json(config: ConfigDict) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """NumPy's scalars as JSON has them."""
+    """Convert a NumPy scalar into a JSON value."""
     if isinstance(value, np.generic):
         return value.item()
     raise TypeError(f"{type(value).__name__} is not a JSON value")

@@ -19,13 +19,14 @@ Sums = dict[str, jax.Array]
 def make_eval_step(
     model: nn.Module, preprocessing: Mapping[str, Any], *, confusion: bool = False
 ) -> Callable[[Any, Mapping[str, jax.Array]], Sums]:
-    """Sums over a batch of loss, top-1 and top-5 hits and examples, a pure function for `jax.jit`.
+    """Return the evaluation step, a pure function for `jax.jit`.
 
-    Batches are `image`, uint8 `[batch, height, width, 3]`, `label`, int32 `[batch]`, and `mask`,
-    bool `[batch]`, False for padding. With fewer than five classes, top-5 looks at all of them.
+    It sums the loss, top-1 hits, top-5 hits and examples of a batch. A batch consists of `image`,
+    uint8 `[batch, height, width, 3]`, `label`, int32 `[batch]`, and `mask`, bool `[batch]`, which
+    is False for padding. With fewer than five classes, top-5 considers all of them.
 
-    With `confusion`, also how often which class (row) was taken for which (column): int32
-    `[num_classes, num_classes]`.
+    If `confusion` is set, the step also computes the confusion matrix, int32
+    `[num_classes, num_classes]`: how often each class (row) was predicted as each other (column).
     """
 
     def eval_step(variables: Any, batch: Mapping[str, jax.Array]) -> Sums:
@@ -51,12 +52,13 @@ def make_eval_step(
 def make_set_step(
     model: nn.Module, preprocessing: Mapping[str, Any]
 ) -> Callable[[Any, Mapping[str, jax.Array]], Sums]:
-    """As `make_eval_step`, where several classes may be right and some can't be chosen.
+    """Return an evaluation step for data in which several classes may be right or some excluded.
 
-    Of a batch `label` is int8 `[batch, num_classes]`: 1 where the class is right, 0 where it is
-    wrong, -1 where the model may not choose it. A hit is any right class; the loss is that of the
-    right classes' probability together, among those that can be chosen. An example without a right
-    class counts nowhere.
+    It is like the step of `make_eval_step`, except that a batch's `label` is int8
+    `[batch, num_classes]`: 1 if the class is right, 0 if it is wrong, and -1 if the model must not
+    choose it. Any right class is a hit. The loss is the negative log of the right classes' total
+    probability, normalised over the classes that may be chosen. Examples without a right class are
+    excluded from all sums.
     """
 
     def set_step(variables: Any, batch: Mapping[str, jax.Array]) -> Sums:
@@ -83,8 +85,16 @@ def evaluate(
     variables: Any,
     batches: Iterable[Mapping[str, jax.Array]],
 ) -> tuple[dict[str, float], np.ndarray | None]:
-    """Mean `loss` (nats), `top1` and `top5` (fractions) and the number of `examples`; and the
-    confusion matrix, where the step counts one. The means over no examples are not a number."""
+    """Evaluate variables on batches.
+
+    Returns:
+        The mean `loss` (in nats), `top1` and `top5` (as fractions) and the number of `examples`;
+        and the confusion matrix, if the step computes one, or else None. Without any examples, the
+        means are NaN.
+
+    Raises:
+        ValueError: there are no batches.
+    """
     host: dict[str, np.ndarray] = {}
 
     def add(finished: Iterable[Sums]) -> None:

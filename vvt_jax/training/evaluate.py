@@ -1,4 +1,4 @@
-"""Measuring a run's weights on the parts of its data, and on further sets."""
+"""Evaluation of a run's weights on the parts of its data, and on additional data sets."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -19,16 +19,16 @@ Say = Callable[[str], object]
 
 
 class BrokenSplitError(DataError):
-    """More broken images in a split than the config allows. All processes of a run raise it."""
+    """A split has more broken images than allowed. All processes of a run raise this error."""
 
 
 class Evaluation:
-    """Measures states of a run.
+    """The evaluation of a run's states.
 
     Args:
-        plan: of the run.
-        programs: of the run.
-        say: takes a sentence about each broken image, once a run.
+        plan: the plan of the run.
+        programs: the programs of the run.
+        say: a function that is called with a sentence about each broken image, once per run.
     """
 
     def __init__(self, plan: Plan, programs: Programs, say: Say):
@@ -43,17 +43,20 @@ class Evaluation:
         folder: AnyPath | None = None,
         show: Callable[[str, PIL.Image.Image], None] | None = None,
     ) -> dict[str, float]:
-        """Measurements on a part of the data, none where the config names no split for it.
+        """Evaluate a state on a part of the data and return its metrics.
+
+        The metrics are empty if the config names no split for this part.
 
         Args:
-            state: whose weights are measured, and whose averaged ones, if it has some.
-            part: of the data, such as `validation`.
-            prefix: of the measurements' names, such as `eval`.
-            folder: where confusion tables go.
-            show: takes a name and a picture of predictions.
+            state: the state whose weights are evaluated, as well as its averaged weights, if any.
+            part: the part of the data, such as `validation`.
+            prefix: the prefix of the metrics' names, such as `eval`.
+            folder: the folder for confusion tables.
+            show: a function that is called with a name and a picture of predictions.
 
         Raises:
-            BrokenSplitError: more broken images than `config.data.broken_limit`.
+            BrokenSplitError: there are more broken images than `config.data.broken_limit`, or all
+                images are broken.
         """
         if part not in self._plan.sources:
             return {}
@@ -74,13 +77,15 @@ class Evaluation:
         return metrics
 
     def score(self, metrics: Mapping[str, float]) -> float | None:
-        """The score by which the best weights are chosen; None where it was not measured."""
+        """Return the score that selects the best weights, or None if it was not measured."""
         name = self._plan.task.score
         return metrics.get(f"eval_ema/{name}", metrics.get(f"eval/{name}"))
 
     def was_missed(self, step: int, reporter: Reporter) -> bool:
-        """Whether a run that goes on at a step had no chance to measure there, since its data was
-        broken. The first process decides for all."""
+        """Return whether an evaluation is still missing at the step where a run resumes.
+
+        This happens if the data was broken at the time. The first process decides for all of them.
+        """
         steps, sources = self._plan.steps, self._plan.sources
         wanted = ["eval/loss"] if steps.due(step).evaluate and "validation" in sources else []
         if step == steps.total and "test" in sources:
@@ -89,7 +94,7 @@ class Evaluation:
         return bool(hosts.union([1] if owed else []))
 
     def open_extra_sets(self, cache_dir: AnyPath | None) -> list[imagenet_sets.EvaluationSet]:
-        """The sets of `config.data.eval_also`."""
+        """Open the data sets of `config.data.eval_also`."""
         data = self._plan.config.data
         return imagenet_sets.open_sets(
             data.eval_also,
@@ -103,7 +108,10 @@ class Evaluation:
     def measure_extra_sets(
         self, state: TrainState, sets: Sequence[imagenet_sets.EvaluationSet], folder: AnyPath
     ) -> dict[str, float]:
-        """Measurements on those sets; a table of the corruptions goes into the folder."""
+        """Evaluate a state on these data sets and return its metrics.
+
+        A table of the errors per corruption is written to the folder, if there are any.
+        """
         metrics: dict[str, float] = {}
         for suffix, ema in _kinds_of_weights(state, "") if sets else ():
             variables = self._programs.variables(state, ema=ema)
@@ -125,7 +133,11 @@ class Evaluation:
         return metrics
 
     def _report_broken(self, name: str, source: Source, broken: Sequence[int]) -> None:
-        """Names the broken images of an evaluation, each once a run."""
+        """Report the broken images of an evaluation, each of them once per run.
+
+        Raises:
+            BrokenSplitError: there are more than the config allows, or all images are broken.
+        """
         limit = self._plan.config.data.broken_limit
         count, examples = len(broken), len(source.examples)
         if count > limit or (count and count == examples):
@@ -140,5 +152,5 @@ class Evaluation:
 
 
 def _kinds_of_weights(state: TrainState, prefix: str) -> list[tuple[str, bool]]:
-    """(Name, whether averaged) of each of the state's weights, which are measured apart."""
+    """Return (name, whether averaged) for each kind of weights that is evaluated separately."""
     return [(prefix, False)] + ([(f"{prefix}_ema", True)] if state.ema is not None else [])

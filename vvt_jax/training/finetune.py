@@ -1,4 +1,4 @@
-"""Fine-tuning: the weights that a run starts from: a model folder's, a `.pth`'s, another run's."""
+"""Weights to fine-tune, from a model folder, a `.pth` file or another run."""
 
 import dataclasses
 import json
@@ -19,20 +19,20 @@ from vvt_jax.weights import hub
 from vvt_jax.weights.checks import WeightsError, check_arrays
 from vvt_jax.weights.pretrained import load_pretrained
 
-# What a model computes with the same weights in another way, so that no shape tells.
+# Fields that change what a model computes from the same weights without changing any shapes.
 _TELLING = ("num_heads", "locality", "attention", "clamp", "patch_strides")
 
 
 @dataclasses.dataclass(frozen=True)
 class StartingWeights:
-    """Weights to start from, or to measure.
+    """Weights to start from, or to evaluate.
 
     Attributes:
-        path: where they were read.
-        arrays: by names such as `params/stage1/...`.
-        model: that they are of.
-        card: its class names, preprocessing and inference, as far as they are recorded.
-        published: from a `.pth`, where the model is known by its shapes only.
+        path: the place from which they were read.
+        arrays: the arrays, by names such as `params/stage1/...`.
+        model: the model that the weights belong to.
+        card: the model's class names, preprocessing and inference settings, if recorded.
+        published: whether they are from a `.pth` file, in which only shapes identify the model.
     """
 
     path: str
@@ -50,24 +50,25 @@ def initial_variables(
     *,
     keep_head: bool = False,
 ) -> tuple[dict[str, Any], list[str]]:
-    """The variables to start from, and what has to be said about them.
+    """Return the variables to start from, and sentences to report about them.
 
-    The images' size is free, since no weight depends on it. What follows the backbone stays the
-    fresh one where the classes are other ones, or the given model does another thing, as when a
+    The image size may differ, since no weight depends on it. Everything after the backbone remains
+    freshly initialised if the classes differ, or if the models perform different tasks, as when a
     segmenter starts from a classifier.
 
     Args:
-        start: the weights, or where `read_weights` finds them.
-        model: that is trained.
-        fresh: its freshly initialised variables; the head is taken from them if need be.
-        class_names: of the data, in the order of the labels.
-        keep_head: refuse other classes, for weights that are only measured.
+        start: the weights, or the place where `read_weights` finds them.
+        model: the model to train.
+        fresh: the model's freshly initialised variables, which provide the head if necessary.
+        class_names: the class names of the data, in the order of the labels.
+        keep_head: whether to reject different classes, for weights that are only evaluated.
 
     Returns:
-        Variables of the structure of `fresh`, and sentences for the log.
+        Variables with the same structure as `fresh`, and sentences for the log.
 
     Raises:
-        WeightsError, CheckpointError: nothing to start from, or weights that don't fit the model.
+        WeightsError, CheckpointError: there is nothing to start from, or the weights don't fit the
+            model.
     """
     if not isinstance(start, StartingWeights):
         start = read_weights(start, model)
@@ -126,12 +127,13 @@ def _kind(model: VVT) -> str:
 
 
 def read_weights(place: str | os.PathLike, trained: VVT) -> StartingWeights:
-    """Reads weights to start from.
+    """Read weights to start from.
 
     Args:
-        place: what `load_pretrained` takes, a model folder, `hf://` address or published `.pth`; or
-            another run's workdir, for its newest checkpoint (its averaged weights, if it has some).
-        trained: the model that they are meant for, with any number of classes.
+        place: anything that `load_pretrained` accepts (a model folder, an `hf://` address or a
+            published `.pth` file), or the workdir of another run, whose newest checkpoint is read
+            (with its averaged weights, if it has them).
+        trained: the model to use the weights for, with any number of classes.
 
     Raises:
         WeightsError, CheckpointError: there is nothing to start from.
@@ -140,7 +142,7 @@ def read_weights(place: str | os.PathLike, trained: VVT) -> StartingWeights:
     if not storage.is_folder(path / "checkpoints"):
         heads: dict[str, Any] = {}
         if os.path.isfile(path) and trained.embed_dims != VVT().embed_dims:
-            heads = {"num_heads": trained.num_heads}  # of other widths, a .pth doesn't tell them
+            heads = {"num_heads": trained.num_heads}  # a .pth of other widths doesn't imply them
         model, variables, card = load_pretrained(place, **heads)
         arrays = flatten_dict(variables, sep="/")
         return StartingWeights(str(place), arrays, model, card, published=os.path.isfile(path))
@@ -163,5 +165,5 @@ def read_weights(place: str | os.PathLike, trained: VVT) -> StartingWeights:
 
 
 def _as_json(value: Any) -> Any:
-    """Lists and tuples alike as lists: JSON knows no tuples."""
+    """Convert tuples into lists, because JSON has no tuples."""
     return list(value) if isinstance(value, tuple) else value

@@ -1,4 +1,4 @@
-"""What happens at some steps of a run: an evaluation, a report, a checkpoint, a model folder."""
+"""What happens at certain steps of a run: evaluation, reports, checkpoints and model folders."""
 
 import functools
 from collections.abc import Mapping
@@ -14,18 +14,18 @@ from vvt_jax.weights.pretrained import save_pretrained
 
 
 class Milestones:
-    """Evaluates, reports and saves, and remembers the best.
+    """Evaluates, reports and saves states, and keeps track of the best one.
 
     Args:
-        plan: of the run.
-        evaluation: measures states.
-        checkpoints: of the run.
-        reporter: of the run.
-        best: so far.
-        model_dir: where the best weights go.
+        plan: the plan of the run.
+        evaluation: the evaluation of states.
+        checkpoints: the checkpoints of the run.
+        reporter: the reporter of the run.
+        best: the best evaluation so far.
+        model_dir: the folder for the best weights.
 
     Attributes:
-        latest: measurements that were reported last.
+        latest: the last reported measurements.
     """
 
     def __init__(
@@ -45,17 +45,18 @@ class Milestones:
     def reach(
         self, state: TrainState, metrics: Mapping[str, float], *, evaluate: bool, save: bool
     ) -> None:
-        """Evaluates the state where that is due, reports, and saves what is to be kept.
+        """Evaluate the state if that is due, report the results, and save what should be kept.
 
         Args:
-            state: after a step.
-            metrics: to report with the evaluation's.
-            evaluate: measure on the validation split. The test split is measured after the last
-                step in any case.
-            save: write a checkpoint; one is also written where the weights are the best so far.
+            state: the state after a step.
+            metrics: measurements to report together with those of the evaluation.
+            evaluate: whether to evaluate on the validation split. The test split is evaluated
+                after the last step in any case.
+            save: whether to write a checkpoint. One is also written if the weights are the best so
+                far.
 
         Raises:
-            BrokenSplitError: a split can't be measured; the state was saved first.
+            BrokenSplitError: a split can't be evaluated. The state is saved before this is raised.
         """
         step, total = int(state.step), self._plan.steps.total
         measure = functools.partial(
@@ -78,19 +79,19 @@ class Milestones:
             self._best, save = Best(step=step, score=score), True
             self._save_model(state)
         elif step == total and not self._best.step and problem is None:
-            self._save_model(state)  # there was no validation
+            self._save_model(state)  # there was no validation score
         if save or problem is not None:  # progress is saved before bad data ends the run
             self.save(state)
         if problem is not None:
             raise problem
 
     def save(self, state: TrainState) -> None:
-        """Writes a checkpoint in the background, after what was reported."""
+        """Write a checkpoint in the background, after flushing what was reported."""
         self._reporter.flush()
         self._checkpoints.save(int(state.step), state, self._best)
 
     def _save_model(self, state: TrainState) -> None:
-        """Writes the model folder, with the averaged weights where there are some."""
+        """Write the model folder, with the averaged weights if there are any."""
         variables = hosts.fetch(state.variables(ema=state.ema is not None))
         if hosts.is_first():
             save_pretrained(self._model_dir, self._plan.model, variables, self._plan.task.card)

@@ -1,6 +1,7 @@
-"""What training does to a batch on the device: normalisation, random erasing, mixup and cutmix.
+"""Batch augmentation on the device: normalisation, random erasing, mixup and cutmix.
 
-Everything has one shape whatever is drawn, and runs inside the jitted step on a sharded batch.
+Shapes don't depend on the random draws, and everything runs inside the jitted step on a sharded
+batch.
 """
 
 from collections.abc import Mapping
@@ -13,13 +14,16 @@ import optax
 from vvt_jax.data.preprocess import normalize
 
 _PROBABILITIES = ("mix_probability", "cutmix_probability", "erase")
-_ERASE_AREA = (0.02, 1 / 3)  # of the image's
+_ERASE_AREA = (0.02, 1 / 3)  # as a fraction of the image's area
 _ERASE_ASPECT = (0.3, 1 / 0.3)  # height / width
 _ERASE_TRIES = 10
 
 
 def augmentation_key(seed: jax.typing.ArrayLike, step: jax.typing.ArrayLike) -> jax.Array:
-    """The key of what is random in a batch; steps count from 1. Drop path has another one."""
+    """Return the random key for augmenting a step's batch; steps count from 1.
+
+    Drop path uses a different key.
+    """
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), 1)
 
 
@@ -32,20 +36,21 @@ def prepare_batch(
     label_smoothing: float,
     num_classes: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Images and targets as the model sees them: normalised, then erased, then mixed.
+    """Return images and targets for the model: normalised, then randomly erased, then mixed.
 
     Args:
-        batch: `image`, uint8 `[batch, height, width, 3]`, and `label`, int32 `[batch]`.
-        key: see `augmentation_key`.
-        preprocessing: the record, for mean and std.
-        augment: `erase`, `mixup`, `cutmix`, `mix_probability`, `cutmix_probability`, and
-            `mix_groups`, consecutive parts of the batch that are mixed by themselves, each with a
-            draw of its own (1 where it is missing).
-        label_smoothing: part of a label that is spread evenly over all classes.
-        num_classes: of the targets.
+        batch: the arrays `image`, uint8 `[batch, height, width, 3]`, and `label`, int32 `[batch]`.
+        key: a random key, see `augmentation_key`.
+        preprocessing: the preprocessing record, which contains mean and std.
+        augment: the settings `erase`, `mixup`, `cutmix`, `mix_probability`, `cutmix_probability`
+            and `mix_groups`. The latter is the number of consecutive parts of the batch that are
+            mixed separately, each with its own random draws (by default 1).
+        label_smoothing: the fraction of a label that is spread evenly over all classes.
+        num_classes: the number of classes in the targets.
 
     Returns:
-        float32 `[batch, height, width, 3]` and `[batch, num_classes]`; each target sums to 1.
+        Images, float32 `[batch, height, width, 3]`, and targets, float32 `[batch, num_classes]`;
+        each target sums to 1.
     """
     images = normalize(batch["image"], preprocessing)
     targets = optax.smooth_labels(jax.nn.one_hot(batch["label"], num_classes), label_smoothing)
@@ -86,21 +91,22 @@ def mix(
     mix_probability: float = 1.0,
     cutmix_probability: float = 0.5,
 ) -> tuple[jax.Array, jax.Array]:
-    """Blends each image with its partner in the reversed batch, one way and one share a step.
+    """Blend each image with its partner in the reversed batch.
 
-    mixup (Zhang et al., arXiv 1710.09412) takes λ·image + (1 - λ)·partner, with λ from
-    Beta(α, α). cutmix (Yun et al., arXiv 1905.04899) puts a rectangle of the partner, of about
-    1 - λ of the area, around an even random centre; what reaches over the border is cut off, and λ
-    becomes the share of the image's own pixels that is left. Targets are blended by λ.
+    All images of a call are blended by the same method and with the same λ. mixup (Zhang et al.,
+    arXiv 1710.09412) computes λ·image + (1 - λ)·partner, with λ drawn from Beta(α, α). cutmix (Yun
+    et al., arXiv 1905.04899) pastes a rectangle from the partner that covers about 1 - λ of the
+    area, around a uniformly random centre. The rectangle is clipped at the image border, and λ
+    becomes the fraction of the image's own pixels that remains. Targets are blended by the same λ.
 
     Args:
-        images: `[batch, height, width, 3]`.
-        targets: `[batch, classes]`.
-        key: of this step.
-        mixup: α of mixup, 0 for none.
-        cutmix: α of cutmix, 0 for none.
-        mix_probability: that a step mixes at all.
-        cutmix_probability: of cutmix, where both are on.
+        images: the images, `[batch, height, width, 3]`.
+        targets: the targets, `[batch, classes]`.
+        key: the random key for this step.
+        mixup: the α of mixup; 0 turns it off.
+        cutmix: the α of cutmix; 0 turns it off.
+        mix_probability: the probability that a step mixes at all.
+        cutmix_probability: the probability of cutmix, if both are turned on.
     """
     on_key, which_key, mixup_key, cutmix_key, centre_key = jax.random.split(key, 5)
     on = jax.random.uniform(on_key) < mix_probability
@@ -109,7 +115,7 @@ def mix(
     else:
         use_cutmix = jnp.asarray(bool(cutmix))
     height, width = images.shape[1:3]
-    own = jnp.ones((height, width))  # the share of a pixel that stays
+    own = jnp.ones((height, width))  # weight of each of the image's own pixels
     if mixup:
         own *= jnp.where(use_cutmix, 1.0, jax.random.beta(mixup_key, mixup, mixup))
     if cutmix:
@@ -126,7 +132,10 @@ def mix(
 
 
 def _cut_box(key: jax.Array, height: int, width: int, share: jax.Array) -> jax.Array:
-    """1.0 inside a rectangle of 1 - `share` of the area before it is cut off at the border."""
+    """Return a mask that is 1.0 inside a random rectangle, `[height, width]`.
+
+    The rectangle covers 1 - `share` of the area before it is clipped at the border.
+    """
     side = jnp.sqrt(1 - share)
     half_height = jnp.floor(height * side).astype(jnp.int32) // 2
     half_width = jnp.floor(width * side).astype(jnp.int32) // 2
@@ -139,16 +148,17 @@ def _cut_box(key: jax.Array, height: int, width: int, share: jax.Array) -> jax.A
 
 
 def random_erase(images: jax.Array, key: jax.Array, *, probability: float) -> jax.Array:
-    """Fills one random rectangle of an image with normal noise, of its own in each pixel.
+    """Fill a random rectangle of each selected image with noise (Zhong et al., arXiv 1708.04896).
 
-    (Zhong et al., arXiv 1708.04896.) Its area is even between 2 % and a third of the image's, its
-    height / width even on a log scale between 0.3 and 1/0.3; of ten tries the first that is
-    smaller than the image counts, and if none is, the image stays.
+    The noise is normal and drawn independently for each pixel. The rectangle's area is uniform
+    between 2 % and a third of the image's area, and its aspect ratio, height / width, is
+    log-uniform between 0.3 and 1/0.3. The first of ten tries that is smaller than the image is
+    used; if there is none, the image remains unchanged.
 
     Args:
-        images: normalised, `[batch, height, width, 3]`.
-        key: of this step.
-        probability: of each image.
+        images: the normalised images, `[batch, height, width, 3]`.
+        key: the random key for this step.
+        probability: the probability that an image is selected.
     """
     batch, height, width, _ = images.shape
     on_key, area_key, aspect_key, place_key, noise_key = jax.random.split(key, 5)
@@ -175,13 +185,13 @@ def random_erase(images: jax.Array, key: jax.Array, *, probability: float) -> ja
 
 
 def _between(length: int, start: jax.Array, end: jax.Array) -> jax.Array:
-    """Which of `length` positions lie from `start` up to, not including, `end`."""
+    """Return a mask of the positions among `length` from `start` up to, not including, `end`."""
     positions = jnp.arange(length)
     return (positions >= start) & (positions < end)
 
 
 def check_mixing(augment: Mapping[str, Any]) -> None:
-    """Checks the settings of `prepare_batch`; fields that it doesn't know are left to others.
+    """Check the settings of `prepare_batch`, ignoring any other fields.
 
     Raises:
         ValueError: a field is missing or out of range; one sentence says which.

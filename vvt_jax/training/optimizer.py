@@ -1,5 +1,7 @@
-"""AdamW with warm-up, decay and clipping, from the config's `optimizer` fields; for fine-tuning,
-learning rates that fall with the depth, and parameters that stay as they are."""
+"""AdamW with warm-up, decay and clipping, built from the config's `optimizer` fields.
+
+For fine-tuning, it supports layer-wise learning rate decay and frozen parameters.
+"""
 
 import math
 import re
@@ -21,20 +23,30 @@ def make_schedule(
     batch_size: int = 0,
     epoch_steps: float = 1.0,
 ) -> optax.Schedule:
-    """Learning rate by step: linear warm-up, and a decay that ends at the last step (but for
-    `"cosine_by_epoch"`, which reaches its peak after the warm-up's epochs alone).
+    """Return the learning rate schedule: a linear warm-up and a decay that ends at the last step.
+
+    The schedule `"cosine_by_epoch"` is an exception: it changes only between epochs, and its
+    warm-up always takes all of its epochs, even if the run is shorter.
 
     Args:
-        fields: `learning_rate` (at its peak), `learning_rate_batch` (where it is not 0, the peak is
-            that of so many images and grows in proportion to the batch: Goyal et al., arXiv
-            1706.02677), `warmup_learning_rate` and `final_learning_rate`; `schedule`, `"cosine"`
-            after the warm-up, or `"polynomial"`, of the power `schedule_power`, which falls from
-            the first step on and which the warm-up scales (as mmsegmentation has it); or
-            `"cosine_by_epoch"`, the authors' own, see `_by_epoch`.
-        total_steps: of the run.
-        warmup_steps: 0 or more; the peak is reached at the latest at the last step.
-        batch_size: images of an update.
-        epoch_steps: steps of an epoch, of which `"cosine_by_epoch"` counts whole ones.
+        fields: the config's optimizer fields, of which these are used:
+
+            - `learning_rate`: the peak learning rate.
+            - `learning_rate_batch`: if it is not 0, the batch size that `learning_rate` is meant
+              for; the peak scales in proportion to the actual batch size (Goyal et al., arXiv
+              1706.02677).
+            - `warmup_learning_rate` and `final_learning_rate`: the rates that the warm-up begins
+              with and that the decay ends with.
+            - `schedule`: `"cosine"`, a cosine decay after the warm-up; `"polynomial"`, a decay
+              with the power `schedule_power` that begins at the first step and that the warm-up
+              scales, as in mmsegmentation; or `"cosine_by_epoch"`, the schedule of the authors,
+              see `_by_epoch`.
+        total_steps: the number of steps in the run.
+        warmup_steps: the number of warm-up steps, 0 or more. Except for `"cosine_by_epoch"`, it is
+            limited so that the peak is reached at the last step at the latest.
+        batch_size: the number of images per update.
+        epoch_steps: the number of steps per epoch, for `"cosine_by_epoch"`, which changes the rate
+            once per epoch.
     """
     peak = fields["learning_rate"]
     if fields["learning_rate_batch"]:
@@ -65,23 +77,23 @@ def make_schedule(
 def _by_epoch(
     start: float, peak: float, final: float, total_steps: int, warmup_steps: int, epoch_steps: float
 ) -> optax.Schedule:
-    """The schedule of the authors' training script, which sets the rate once after each epoch.
+    """Return the schedule of the authors' training script, which updates the rate after each epoch.
 
-    In epoch e, counted from 0, it is the rate of t = max(e - 1, 0), so that the first two epochs
-    are alike: start + t·(peak - start) / W during the W epochs of warm-up, and after them
-    final + (peak - final)·(1 + cos(π·t / E)) / 2 in a run of E epochs. The cosine begins with the
-    run and not with the end of the warm-up.
+    With t = max(e - 1, 0) in epoch e, counted from 0, so that the first two epochs have the same
+    rate, the learning rate is start + t·(peak - start) / W during the W epochs of warm-up, and
+    then final + (peak - final)·(1 + cos(π·t / E)) / 2 in a run of E epochs. The cosine begins at
+    the start of the run, not at the end of the warm-up.
 
     Args:
-        start: rate at the start of the warm-up.
-        peak: rate that the warm-up leads to.
-        final: rate that the cosine leads to.
-        total_steps: of the run.
-        warmup_steps: of the warm-up.
-        epoch_steps: of an epoch; need not be a whole number.
+        start: the rate at the start of the warm-up.
+        peak: the rate that the warm-up leads to.
+        final: the rate that the cosine leads to.
+        total_steps: the number of steps in the run.
+        warmup_steps: the number of steps in the warm-up.
+        epoch_steps: the number of steps in an epoch, which need not be an integer.
     """
 
-    def in_epochs(steps: int) -> float:  # both were rounded to steps
+    def in_epochs(steps: int) -> float:  # undoes the rounding of whole epochs to steps
         epochs = steps / epoch_steps
         whole = round(epochs)
         return whole if whole and abs(epochs - whole) * epoch_steps <= 0.51 else epochs
@@ -91,7 +103,7 @@ def _by_epoch(
     rates = final + (peak - final) * (1 + np.cos(np.pi * t / epochs)) / 2
     if warmup:
         rates = np.where(t < warmup, start + t * (peak - start) / warmup, rates)
-    # The first step of each epoch but the first one; compared as whole numbers, so exact anywhere
+    # The first step of each epoch after the first one, as integers so that comparisons are exact.
     starts = np.ceil(np.arange(1, len(rates)) * epoch_steps - 1e-6).astype(np.int32)
 
     def schedule(step: Any) -> jax.Array:
@@ -103,10 +115,10 @@ def _by_epoch(
 def make_optimizer(
     fields: Mapping[str, Any], schedule: optax.Schedule
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter, arXiv 1711.05101), its gradients clipped by their global norm.
+    """Return AdamW (Loshchilov & Hutter, arXiv 1711.05101) with clipping by global gradient norm.
 
-    With `layer_decay` below 1, see `layer_scales`. Parameters that `freeze` names (see `frozen`)
-    get neither updates nor optimizer state.
+    If `layer_decay` is below 1, the updates are scaled by `layer_scales`. Parameters that match
+    `freeze` (see `frozen`) get neither updates nor optimizer state.
     """
     parts = []
     if fields["clip_norm"]:
@@ -133,7 +145,7 @@ def make_optimizer(
     )
     if decay == 1:
         return optimizer
-    scale = _scale_by_depth(decay)  # outside: it counts the blocks that are frozen as well
+    scale = _scale_by_depth(decay)  # outside the partition, to count frozen blocks as well
 
     def update(updates, state, params=None):
         updates, state = optimizer.update(updates, state, params)
@@ -143,22 +155,25 @@ def make_optimizer(
 
 
 def decays(params: Any) -> Any:
-    """True for parameters that weight decay acts on: kernels, not biases and norm scales.
+    """Return a tree that is True for parameters with weight decay: kernels, not biases or scales.
 
-    By name, since the rank does not tell: a bias of stacked blocks has two dimensions.
+    Parameters are selected by name, because their rank doesn't distinguish them: a bias of stacked
+    blocks has two dimensions.
     """
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
 def frozen(params: Any, patterns: Sequence[str]) -> Any:
-    """True for parameters that stay as they are: a regular expression is found in their path.
+    """Return a tree that is True for frozen parameters, those whose path matches a pattern.
 
     Args:
         params: a tree of parameters.
-        patterns: searched in paths such as `stage1/blocks/attention/query/kernel`.
+        patterns: regular expressions to search for in paths such as
+            `stage1/blocks/attention/query/kernel`.
 
     Raises:
-        ValueError: a pattern that is no regular expression, that no path has, or all of them do.
+        ValueError: a pattern is not a regular expression or matches no path, or the patterns match
+            all paths.
     """
     for pattern in patterns:
         try:
@@ -181,12 +196,12 @@ def frozen(params: Any, patterns: Sequence[str]) -> Any:
 
 
 def layer_scales(params: Any, decay: float) -> Any:
-    """What each parameter's learning rate is multiplied by, as BEiT (arXiv 2106.08254) does.
+    """Return the factor of each parameter's learning rate, as in BEiT (arXiv 2106.08254).
 
-    `decay ** (L + 1 - layer)` in a model of L blocks: the first patch embedding is layer 0, block i
-    is layer i, counted from 1, a stage's patch embedding goes with its first block and its norm
-    with its last one, and all the rest (the head) is layer L + 1. Stacked blocks get one number
-    each: `[depth, 1, ...]`.
+    In a model of L blocks, the factor is `decay ** (L + 1 - layer)`. The first patch embedding is
+    layer 0, and block i, counted from 1, is layer i. The patch embedding of any later stage belongs
+    to the stage's first block, and a stage's norm to its last block. Everything else (the head) is
+    layer L + 1. Stacked blocks get one factor per block: `[depth, 1, ...]`.
     """
     depths: dict[int, int] = {}
     leaves = jax.tree_util.tree_leaves_with_path(params)

@@ -1,4 +1,4 @@
-"""Everything that is derived from a config and its data before anything is computed."""
+"""The plan of a run: all that follows from its config and data before anything is computed."""
 
 import contextlib
 import dataclasses
@@ -27,12 +27,12 @@ from vvt_jax.training.provenance import opened_splits
 from vvt_jax.training.step import TrainState, init_state
 from vvt_jax.training.tasks import Task, make_task, naming
 
-_LAYOUT_LINES = 8  # of the table of what devices hold, that are printed
-_LOG_EVERY = 20  # steps, where the config says nothing
+_LAYOUT_LINES = 8  # how many lines of the layout table are printed
+_LOG_EVERY = 20  # steps between log entries, unless the config sets them
 
 
 class Due(NamedTuple):
-    """What is to be done after a step."""
+    """What needs to be done after a step."""
 
     log: bool
     evaluate: bool
@@ -41,7 +41,7 @@ class Due(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """How long a run is, and how often it logs, evaluates and saves, in steps."""
+    """The length of a run, and how often it logs, evaluates and saves, all in steps."""
 
     total: int
     log_every: int
@@ -49,24 +49,26 @@ class Steps:
     save_every: int
 
     def due(self, step: int) -> Due:
-        """What is to be done after that step; everything after the last one."""
+        """Return what needs to be done after the given step. After the last one, everything is."""
         cadences = (self.log_every, self.evaluate_every, self.save_every)
         return Due(*(step == self.total or step % every == 0 for every in cadences))
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a run is made of.
+    """The components of a run.
 
     Attributes:
-        config: with what a run or model recorded already applied, see `provenance`.
-        sources: by part of the data: `train`, `validation`, `test`.
-        task: what is learnt, with the model.
-        mesh: of the devices.
-        steps: the length of the run. An evaluation has it as zeros.
-        schedule: the learning rate by the number of updates done so far; None in an evaluation.
-        optimizer: in an evaluation one that has no state.
-        abstract_state: shapes, dtypes and shardings of the state.
+        config: the configuration, with what a run or model recorded already applied; see
+            `provenance`.
+        sources: the data sources, keyed by part of the data: `train`, `validation`, `test`.
+        task: the task to learn, including the model.
+        mesh: the mesh of devices.
+        steps: the length of the run; all zeros in an evaluation.
+        schedule: the learning rate as a function of the number of updates so far; None in an
+            evaluation.
+        optimizer: the optimizer; in an evaluation, one without state.
+        abstract_state: the shapes, dtypes and shardings of the training state.
     """
 
     config: ConfigDict
@@ -84,7 +86,7 @@ class Plan:
 
     @property
     def main_source(self) -> Source:
-        """The one that names the classes."""
+        """The source that defines the class names."""
         return _main_source(self.sources)
 
     @property
@@ -94,16 +96,19 @@ class Plan:
 
     @property
     def shardings(self) -> TrainState:
-        """Of the state."""
+        """The shardings of the training state."""
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
 
     def init_state(self, seed: jax.typing.ArrayLike) -> TrainState:
-        """The state before the first step; a pure function, to be compiled."""
+        """Return the state before the first step. This is a pure function, meant for `jax.jit`."""
         return _make_init(self.config, self.model, self.optimizer)(seed)
 
     def train_batches(self, start_step: int) -> Generator[dict[str, np.ndarray], None, None]:
-        """The endless stream of batches from that step on, with flags for broken images; of each
-        batch only the examples that this process's own devices hold."""
+        """Return an endless stream of training batches, with flags for broken images.
+
+        The stream begins with the batch that follows `start_step` completed steps. Of each batch,
+        it contains only the examples that this process's own devices hold.
+        """
         config = self.config
         return train_batches(
             self.sources["train"],
@@ -120,16 +125,19 @@ class Plan:
         )
 
     def broken_images(self, say) -> BrokenImages:
-        """What names and counts the broken images of training."""
+        """Return an object that reports and counts the broken images of the training data."""
         return BrokenImages(self.sources["train"], self.config.data.broken_limit, say)
 
     def peak_flops(self) -> float | None:
-        """Of all devices, float operations a second; None where it is unknown."""
+        """Return the peak FLOP/s of all devices together, or None if it is unknown."""
         peak = counting.PEAK_FLOPS.get(self.mesh.devices.flat[0].device_kind)
         return peak and peak * self.mesh.devices.size
 
     def flops_per_image(self) -> int:
-        """Of a training step: two FLOPs per multiply-add, times three forward passes."""
+        """Return the FLOPs of a training step per image.
+
+        A multiply-add counts as two FLOPs, and a training step as three forward passes.
+        """
         layers = counting.count(self.model, *self.config.data.size)
         return 6 * sum(layer.published for layer in layers)
 
@@ -139,15 +147,15 @@ def open_sources(
     cache_dir: AnyPath | None = None,
     cuts: Mapping[str, Cut] | None = None,
 ) -> dict[str, Source]:
-    """The sources that a run reads, by part of the data.
+    """Open the data sources of a run and return them by part of the data.
 
     Args:
-        config: of the run.
-        cache_dir: see `sources.open_source`.
-        cuts: how the examples of each part are chosen.
+        config: the configuration of the run.
+        cache_dir: the cache folder, see `sources.open_source`.
+        cuts: how the examples of each part are selected.
 
     Raises:
-        DataError, ConfigError: the data or the splits are not there.
+        DataError, ConfigError: the data or the splits do not exist.
     """
     return {
         part: open_source(
@@ -163,14 +171,14 @@ def open_sources(
 
 
 def make_plan(config: ConfigDict, sources: Mapping[str, Source]) -> Plan:
-    """The plan of a run.
+    """Make the plan of a run.
 
     Args:
-        config: whose values were checked.
-        sources: by part, as `open_sources` opens them.
+        config: the configuration, whose values have already been checked.
+        sources: the data sources by part, as returned by `open_sources`.
 
     Raises:
-        UserError: the config can't be run with this data, in a sentence.
+        UserError: the config can't be run with this data; the message is one sentence.
     """
     for part, source in sources.items():
         if not len(source.examples):
@@ -202,10 +210,13 @@ def make_plan(config: ConfigDict, sources: Mapping[str, Source]) -> Plan:
 
 
 def describe_data(plan: Plan) -> list[str]:
-    """The data in a line, the files that are left out, and in training what the masks contain.
+    """Return lines that describe the data.
+
+    They summarise the sources, list the files that are left out and, when training a segmenter,
+    say what the masks contain.
 
     Raises:
-        DataError: masks that can't be learnt from.
+        DataError: the masks are unusable for training.
     """
     main = plan.main_source
     counts = [f"{part} {len(source.examples)}" for part, source in plan.sources.items()]
@@ -218,7 +229,7 @@ def describe_data(plan: Plan) -> list[str]:
 
 
 def describe_steps(plan: Plan) -> str:
-    """The run in a line: how long it is, and how often it logs, evaluates and saves."""
+    """Return one line on the run's length and on how often it logs, evaluates and saves."""
     steps, batch = plan.steps, plan.config.batch_size
     epochs = steps.total * batch / len(plan.sources["train"].examples)
     return (
@@ -230,14 +241,18 @@ def describe_steps(plan: Plan) -> str:
 
 
 def describe_rows(plan: Plan) -> list[str]:
-    """What to say of images whose rows do not divide evenly over the devices, if anything."""
+    """Return a line about image rows that can't be split evenly over the devices, if any."""
     strides = np.cumprod(plan.model.patch_strides).tolist()
     line = sharding.describe_rows(plan.mesh, plan.config.data.size[0], strides)
     return [line] if line else []
 
 
 def describe_layout(plan: Plan, path: AnyPath) -> list[str]:
-    """The mesh and its forms, and what each of several devices holds; all of that in a file."""
+    """Write the layout of the state to a file and return lines that describe it.
+
+    The lines describe the mesh with the forms chosen for it and, if there are several devices, how
+    much of the largest parameters each of them holds; the file contains the whole table.
+    """
     lines = [sharding.describe_mesh(plan.mesh), *describe_rows(plan)]
     if hosts.is_first():
         storage.replace(path, (sharding.layout_report(plan.abstract_state) + "\n").encode())
@@ -248,7 +263,7 @@ def describe_layout(plan: Plan, path: AnyPath) -> list[str]:
 
 
 def see_batch(plan: Plan, step: int) -> dict[str, np.ndarray]:
-    """This process's examples of the batch of that step, counted from 1."""
+    """Return this process's examples of the batch of a given step, counted from 1."""
     broken = plan.broken_images(print)
     with contextlib.closing(broken.watch(plan.train_batches(step - 1))) as batches:
         batch = next(batches)

@@ -1,4 +1,4 @@
-"""The compiled programs of a run, each made from its plan when it is first needed."""
+"""The compiled programs of a run, each built from the plan when it is first needed."""
 
 import dataclasses
 import functools
@@ -21,21 +21,21 @@ TrainStep = Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, ja
 
 
 class NonFiniteLossError(UserError):
-    """A loss, gradient or weight that is not a number, or infinite."""
+    """A loss, gradient or weight is NaN or infinite."""
 
 
 class Programs:
-    """What runs on the devices.
+    """The programs that run on the devices.
 
     Args:
-        plan: of the run.
+        plan: the plan of the run.
     """
 
     def __init__(self, plan: Plan):
         self._plan = plan
 
     def init_state(self) -> TrainState:
-        """The state before the first step, laid out on the devices."""
+        """Return the state before the first step, laid out on the devices."""
         plan, options = self._plan, forms.compiler_options("init")
         init = jax.jit(plan.init_state, out_shardings=plan.shardings, compiler_options=options)
         return init(plan.config.seed)
@@ -43,7 +43,10 @@ class Programs:
     def start_from(
         self, start: StartingWeights, state: TrainState, *, keep_head: bool = False
     ) -> tuple[TrainState, list[str]]:
-        """The state with other weights, and what to say of them; see `initial_variables`."""
+        """Return the state with the starting weights in it, and lines to report about them.
+
+        See `initial_variables` for how the weights are chosen.
+        """
         plan = self._plan
         variables, lines = initial_variables(
             start,
@@ -55,7 +58,7 @@ class Programs:
         params = variables.pop("params")
 
         def place(tree, shardings):
-            # Copied: the step takes the memory over, and jax may share numpy's.
+            # Copied because the step donates these buffers, and JAX may share memory with NumPy.
             return jax.tree.map(jnp.copy, jax.device_put(tree, shardings))
 
         return dataclasses.replace(
@@ -66,10 +69,11 @@ class Programs:
         ), lines
 
     def compile_train_step(self) -> TrainStep:
-        """Compiles the update. It donates the state's buffers, and any other shape is an error.
+        """Compile and return the training step.
 
-        What it returns beside the state is small, and there when the step is done: the state itself
-        can't be waited for, because the next step takes its buffers.
+        The step donates the state's buffers, and rejects arguments of any other shape. Besides the
+        state, it returns a small array that is ready when the step has finished. The state itself
+        can't be waited for, because the next step reuses its buffers.
         """
         plan, fields = self._plan, self._plan.config.optimizer
         train_step = make_train_step(
@@ -97,14 +101,14 @@ class Programs:
         )
 
     def without_totals(self, state: TrainState) -> TrainState:
-        """The state with totals that start at zero."""
+        """Return the state with its totals reset to zero."""
         return dataclasses.replace(state, totals=self._zero_totals())
 
     def check_finite(self, state: TrainState) -> None:
-        """Refuses a state that must not be saved, before anything of it is written.
+        """Check that a state is finite and may be saved, before any of it is written.
 
         Raises:
-            NonFiniteLossError: a loss, a gradient or a weight that is not finite.
+            NonFiniteLossError: a loss, gradient or weight is not finite.
         """
         check_totals(state.totals)
         if not bool(self._are_finite((state.params, state.mutable, state.ema))):
@@ -115,23 +119,25 @@ class Programs:
             )
 
     def variables(self, state: TrainState, *, ema: bool) -> Any:
-        """The state's weights, averaged ones on request, as `measure` takes them."""
+        """Return the state's variables, with averaged weights if `ema` is set, for `measure`."""
         return self._unstack(state.variables(ema=ema))
 
     @functools.cached_property
     def measure(self) -> Callable[[Any, Source], Measured]:
-        """Measures variables on a source."""
+        """A function that evaluates variables on a source."""
         return self._plan.task.evaluator(self._plan.mesh, self._eval_variables)
 
     @functools.cached_property
     def measure_set(self) -> Callable[..., Measured]:
-        """Measures variables on a source of `imagenet_sets`."""
+        """A function that evaluates variables on a source of `imagenet_sets`."""
         return self._plan.task.set_evaluator(self._plan.mesh, self._eval_variables)
 
     @functools.cached_property
     def _eval_variables(self) -> Any:
-        """Variables as evaluation takes them: unstacked, which a program that runs often is faster
-        with."""
+        """The shapes, dtypes and shardings of the variables that evaluation takes.
+
+        Their blocks are unstacked, which makes a program that runs often faster.
+        """
         shapes = jax.eval_shape(unstack_blocks, self._plan.abstract_state.variables())
         return sharding.abstract(sharding.state_shardings(self._plan.mesh, shapes), shapes)
 
@@ -142,7 +148,7 @@ class Programs:
 
     @functools.cached_property
     def _zero_totals(self) -> Callable[[], Totals]:
-        # Compiled rather than `device_put`, which makes several processes compare values and wait
+        # Compiled, because `device_put` would make several processes compare the values and wait.
         return jax.jit(Totals.zeros, out_shardings=self._plan.shardings.totals)
 
     @functools.cached_property
@@ -154,10 +160,10 @@ class Programs:
 
 
 def check_totals(totals: Totals) -> None:
-    """Waits for the step that the totals are of.
+    """Check that all losses and gradients in the totals are finite, waiting for their last step.
 
     Raises:
-        NonFiniteLossError: a loss or a gradient since the last report was not finite.
+        NonFiniteLossError: a loss or gradient since the last report was not finite.
     """
     if bad_step := int(totals.bad_step):
         raise NonFiniteLossError(

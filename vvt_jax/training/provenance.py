@@ -1,11 +1,12 @@
-"""What a run is to be made from: its own record, the weights that it starts from, and the config.
+"""The settings of a run, determined from its own record, its starting weights and the config.
 
-The rules, in one place. A flag goes before what was recorded, and that goes before the config:
+This module contains all the rules. Flags take precedence over what was recorded, which takes
+precedence over the config:
 
-- A run that goes on, or that is measured, has its own preprocessing, classes and examples.
-- Weights that are measured bring all of that but the examples, and the model as well.
-- A new run that starts from weights takes their preprocessing but for the size and the crop, and
-  their head where the classes are the same.
+- A run that is resumed or evaluated keeps its own preprocessing, classes and examples.
+- Weights that are evaluated determine all of these except the examples, and the model as well.
+- A new run that starts from weights adopts their preprocessing, except for the size and the crop,
+  and their head if the classes are the same.
 """
 
 from collections.abc import Collection, Mapping
@@ -23,28 +24,28 @@ from vvt_jax.training.configuration import ConfigError
 from vvt_jax.training.finetune import StartingWeights, read_weights
 from vvt_jax.training.tasks import make_model
 
-_SIZE = ("data.size", "data.crop_fraction")  # a new run's own, whatever it starts from
-# Fields of the model that do not change what it gives for an image, apart from rounding.
+_SIZE = ("data.size", "data.crop_fraction")  # always set by the config in a new run
+# Fields of the model that don't affect its predictions, except for rounding.
 _WAYS_TO_COMPUTE = ("dtype", "drop_path_rate", "dropout", "remat", "unroll", "ffn_bands")
 
 
 class Provenance:
-    """What a run is made from, agreed on by all of its processes.
+    """The settings of a run, which all of its processes agree on.
 
     Attributes:
-        config: with the model and the preprocessing that count.
-        start: the weights to start from, or to measure; None where the run goes on with its own.
-        cuts: how the examples of each part are chosen.
-        told: what has to be said about all that.
+        config: the config, with the model and the preprocessing that apply.
+        start: the weights to start from, or to evaluate; None if the run continues with its own.
+        cuts: how the examples of each part are selected.
+        told: sentences to report about these settings.
 
     Args:
-        config: of the run.
-        workdir: its folder; None for a run that is only looked at.
-        flagged: fields that were set on the command line, such as `data.size`.
+        config: the config of the run.
+        workdir: the folder of the run, or None for a run that is only inspected.
+        flagged: the fields that were set on the command line, such as `data.size`.
 
     Raises:
-        UserError: the config is not the one that the run began with, the weights can't be read, or
-            the processes differ.
+        UserError: the config differs from the one that the run began with, the weights can't be
+            read, or the processes disagree.
     """
 
     def __init__(self, config: ConfigDict, workdir: AnyPath | None, flagged: Collection[str]):
@@ -68,24 +69,25 @@ class Provenance:
         self.cuts = self._choose_cuts()
 
     def read_start(self) -> StartingWeights:
-        """The weights that the config names."""
+        """Return the weights that the config names, reading them if necessary."""
         return self.start or read_weights(self._given.init_from, make_model(self._given, 1))
 
     def match(self, sources: Mapping[str, Source]) -> dict[str, Source]:
-        """The sources with the classes that count, after they were compared with what is recorded.
+        """Compare the sources with the record, and return them with the classes that apply.
 
         Args:
-            sources: by part, opened with `cuts`.
+            sources: the data sources by part, opened with `cuts`.
 
         Raises:
-            UserError: the data has other classes or examples, or the processes have other data.
+            UserError: the data has different classes or examples, or the data of the processes
+                differs.
         """
         hosts.check_agreement(run_record.fingerprint(sources))
         self.told += run_record.describe_changes(self.cuts)
         if self._record is not None:
             run_record.check_counts(self._record, sources)
         names = self._card.get("class_names")
-        # A new run may have other classes than the weights that it starts from.
+        # A new run may have different classes from the weights that it starts from.
         counts = self._record is not None or (self._evaluates and self._has_their_task())
         if not names or not counts:
             return dict(sources)
@@ -94,26 +96,26 @@ class Provenance:
     def write(
         self, workdir: AnyPath, preprocessing: Mapping[str, Any], sources: Mapping[str, Source]
     ) -> None:
-        """Records a new run; of any run, writes the config."""
+        """Write the record of a new run, and the config of any run."""
         if self._record is None:
             run_record.write(workdir, sources["train"].class_names, preprocessing, sources)
         configuration.settle(self._given, workdir)
 
     @property
     def _card(self) -> Mapping[str, Any]:
-        """Class names, preprocessing and inference, as far as they are recorded."""
+        """The recorded class names, preprocessing and inference settings, if any."""
         if self._record is not None:
             return run_record.card_of(self._record)
         return {} if self.start is None else self.start.card
 
     @property
     def _where(self) -> str:
-        """Where they are recorded."""
+        """The place where these are recorded."""
         return str(self._workdir) if self.start is None else self.start.path
 
     def _settle_config(self) -> None:
         goes_on = self._record is not None
-        fields = run_record.fields_of(self._card, inference=self._evaluates and not goes_on)
+        fields = run_record.fields_of(self._card, inference=self._evaluates)
         if goes_on and not self._evaluates:
             run_record.check_flags(self._given, fields, self._flagged, self._where)
         if self._evaluates and self.start is not None:
@@ -127,12 +129,12 @@ class Provenance:
         )
         names = self._card.get("class_names")
         if self._evaluates and self.start is not None and names and self._has_their_task():
-            # It may have more outputs than classes.
+            # The model may have more outputs than there are classes.
             classes = self.config.model.num_classes or self.start.model.num_classes
             self.config = configuration.replaced(self.config, {"model.num_classes": classes})
 
     def _fields_of_model(self, start: StartingWeights) -> dict[str, Any]:
-        """By field of the config, where the weights' model is another one than the config's."""
+        """Return the fields in which the weights' model differs from that of the config."""
         if start.published or "model.name" in self._flagged or not self._has_their_task():
             return {}
         theirs, ours = (model_fields(m) for m in (start.model, make_model(self._given, 1)))
@@ -145,7 +147,10 @@ class Provenance:
         }
 
     def _has_their_task(self) -> bool:
-        """Whether weights to measure classify, or segment, as the config's model does."""
+        """Return whether the weights are for the same task as the config's model.
+
+        The task is classification or segmentation.
+        """
         segments = bool(self._given.model.head)
         return self.start is None or isinstance(self.start.model, Segmenter) == segments
 
@@ -154,13 +159,13 @@ class Provenance:
         if self._record is None and self.start is not None:
             origin = run_record.find_origin(self.start.path)
             if not self._evaluates and origin is not None and origin.parts is not None:
-                origin = None  # a new cut is the same, and takes in what was added since
+                origin = None  # a new cut gives the same result, plus any new files
         data = self.config.data
         return run_record.choose_cuts(self._record, origin, data, splits_of(data))
 
 
 def splits_of(data: ConfigDict) -> dict[str, str]:
-    """The splits that `config.data` names, by part."""
+    """Return the splits that `config.data` names, by part."""
     parts = {
         "train": data.train_split,
         "validation": data.validation_split,
@@ -170,10 +175,12 @@ def splits_of(data: ConfigDict) -> dict[str, str]:
 
 
 def opened_splits(config: ConfigDict) -> dict[str, str]:
-    """The splits that a run reads, by part: an evaluation does without the training images.
+    """Return the splits that a run reads, by part.
+
+    An evaluation doesn't read the training images, unless nothing else names the classes.
 
     Raises:
-        ConfigError: the splits that the run needs are not named.
+        ConfigError: the splits that the run needs are not set.
     """
     parts = splits_of(config.data)
     if config.mode == "train":

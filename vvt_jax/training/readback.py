@@ -1,4 +1,4 @@
-"""What the devices computed for a report that has not been read back yet."""
+"""Delayed reading of measurements from the devices."""
 
 import functools
 from typing import NamedTuple
@@ -17,19 +17,19 @@ from vvt_jax.training.timing import Stopwatch
 class _Waiting(NamedTuple):
     step: int
     totals: Totals  # since the last report
-    broken: jax.Array  # numbers of broken examples, int32 [processes, ...]
+    broken: jax.Array  # indices of broken examples, int32 [processes, ...]
 
 
 class Readback:
-    """Holds one report back until the devices are busy with the next step.
+    """A holder that delays a report until the devices are busy with the next step.
 
-    Reading a number from the devices waits for the step that computes it. So the report of a step
-    is only put here, and read one step later, or before anything that waits anyway.
+    Reading a number from the devices waits for the step that computes it. The report of a step is
+    therefore only stored here, and read one step later, or before anything that has to wait anyway.
 
     Args:
-        plan: of the run.
-        broken: names and counts broken images.
-        stopwatch: measures the time between reports.
+        plan: the plan of the run.
+        broken: the object that reports and counts broken images.
+        stopwatch: the stopwatch that measures the time between reports.
     """
 
     def __init__(self, plan: Plan, broken: BrokenImages, stopwatch: Stopwatch):
@@ -38,16 +38,17 @@ class Readback:
         self._unnamed: jax.Array | None = None
 
     def put(self, step: int, totals: Totals) -> None:
-        """Takes the totals after a step, before the next one takes their memory over."""
+        """Store the totals after a step, before they are handed to the next step."""
         self._waiting = _Waiting(step, totals, hosts.gather(self._broken.take()))
 
     def read(self) -> dict[str, float]:
-        """Waits for the measurements that were put here and returns them; empty if none are there.
+        """Wait for the stored measurements and return them; empty if there are none.
 
-        Call `name_broken` next: apart, so that what was read is written first.
+        Call `name_broken` next. It is a separate method so that the measurements can be written
+        first.
 
         Raises:
-            NonFiniteLossError: a loss or a gradient was not finite.
+            NonFiniteLossError: a loss or gradient was not finite.
         """
         waiting, self._waiting = self._waiting, None
         if waiting is None:
@@ -56,17 +57,17 @@ class Readback:
         return self._describe(waiting.step, waiting.totals)
 
     def name_broken(self) -> None:
-        """Names the images that were found broken up to what was last read.
+        """Report the images that were found to be broken, up to the last report that was read.
 
         Raises:
-            DataError: there are more than the config allows.
+            DataError: there are more broken images than the config allows.
         """
         unnamed, self._unnamed = self._unnamed, None
         if unnamed is not None:
             self._broken.tell(np.asarray(unnamed))
 
     def _describe(self, step: int, totals: Totals) -> dict[str, float]:
-        """Means over the steps since the last report."""
+        """Return the measurements of training, averaged over the steps since the last report."""
         check_totals(totals)
         plan = self._plan
         assert plan.schedule is not None

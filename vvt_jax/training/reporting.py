@@ -1,4 +1,4 @@
-"""What a run tells: `metrics.jsonl`, TensorBoard where it is installed, and a progress bar."""
+"""Reporting of a run: `metrics.jsonl`, TensorBoard if it is installed, and a progress bar."""
 
 import contextlib
 import importlib.util
@@ -24,16 +24,17 @@ _SHARES = {
 
 
 class Reporter:
-    """Writes measurements, one object a step, and shows progress.
+    """Writes measurements, one JSON object per step, and shows progress.
 
-    On resume, lines of steps after `start_step` are cut off: they will be written again.
+    When a run resumes, lines of steps after `start_step` are removed, as they will be written
+    again.
     """
 
     def __init__(self, workdir: AnyPath, *, start_step: int, total_steps: int):
         self._path = workdir / "metrics.jsonl"
         self._journal = storage.open_journal(self._path, self._lines_until(start_step))
         self._tensorboard = None
-        # Its files grow with each number: nothing for an object store
+        # TensorBoard files grow with each number, which object stores don't support.
         if importlib.util.find_spec("tensorboardX") and not storage.is_remote(workdir):
             self._tensorboard = _TensorBoard(workdir, purge_step=start_step + 1)
         self._bar = tqdm(
@@ -48,20 +49,21 @@ class Reporter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.ExitStack() as stack:  # each of them, though another has no room to
+        with contextlib.ExitStack() as stack:  # close all, even if one fails on a full disk
             if self._tensorboard:
                 stack.callback(self._tensorboard.close)
             stack.callback(self._journal.close)
             stack.callback(self._bar.close)
 
     def advance(self) -> None:
-        """One more step was given to the devices."""
+        """Advance the progress bar by one step that was dispatched to the devices."""
         self._bar.update()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Appends one line for the step: `{"step": step, **metrics}`.
+        """Append one line for the step: `{"step": step, **metrics}`.
 
-        On disk when this returns, or in an object store within a minute, or by `flush`.
+        The line is on disk when this returns. In an object store, it is stored by `flush`, or by
+        the first call that comes a minute or more after the last time that the file was stored.
         """
         if not metrics:
             return
@@ -79,12 +81,15 @@ class Reporter:
                 self.say(f"step {step}: {describe(part, metrics)}")
 
     def flush(self) -> None:
-        """All that was written is there to last when this returns: before a checkpoint is, so that
-        no step is missing after a resume from it."""
+        """Make sure that everything written so far is stored permanently when this returns.
+
+        This is called before saving a checkpoint, so that no step is missing after resuming from
+        it.
+        """
         self._journal.flush()
 
     def show(self, step: int, name: str, picture: PIL.Image.Image) -> None:
-        """Keeps a picture of that step: a PNG file in `pictures/`, and in TensorBoard."""
+        """Save a picture of the given step as a PNG file in `pictures/`, and in TensorBoard."""
         content = io.BytesIO()
         picture.save(content, "PNG")
         folder = self._path.parent / "pictures"
@@ -93,22 +98,22 @@ class Reporter:
             self._tensorboard.add_image(name, np.asarray(picture), step)
 
     def last_line(self) -> dict[str, float]:
-        """The measurements of the last step that was written, empty at the start of a run."""
+        """Return the measurements in the last line written; empty at the start of a run."""
         written = self._written()
         return {k: v for k, v in written[-1].items() if k != "step"} if written else {}
 
     def has(self, step: int, name: str) -> bool:
-        """Whether a measurement of that step was written."""
+        """Return whether a measurement of the given step was written."""
         return any(line["step"] == step and name in line for line in self._written())
 
     def _written(self) -> list[dict[str, Any]]:
-        """The lines that can be read: another process may be writing one, or the whole file."""
+        """Return the readable lines: another process may be writing a line, or the whole file."""
         self.flush()
         lines = map(_parse, _read_lines(self._path) if self._path.exists() else [])
         return [line for line in lines if line is not None]
 
     def say(self, text: str) -> None:
-        """Prints a line without tearing the progress bar."""
+        """Print a line without disrupting the progress bar."""
         self._bar.write(text)
 
     def _lines_until(self, step: int) -> list[str]:
@@ -127,7 +132,7 @@ def _read_lines(path: AnyPath) -> list[str]:
 
 
 def _parse(line: str) -> dict[str, Any] | None:
-    """The measurements of a line; None where it is damaged, as by a kill while it was written."""
+    """Return a line's measurements, or None if it is damaged, as by a kill during writing."""
     try:
         metrics = json.loads(line)
     except (ValueError, RecursionError):
@@ -138,8 +143,10 @@ def _parse(line: str) -> dict[str, Any] | None:
 
 
 class _TensorBoard:
-    """Writes TensorBoard's files in the caller's thread, so that a full disk is the caller's error.
-    tensorboardX's own SummaryWriter has a thread for it, whose end nobody notices."""
+    """Writes TensorBoard files in the caller's thread, where a full disk raises an error.
+
+    The SummaryWriter of tensorboardX writes in a separate thread, whose failure goes unnoticed.
+    """
 
     def __init__(self, folder: AnyPath, *, purge_step: int):
         from tensorboardX import event_file_writer, summary
@@ -147,17 +154,17 @@ class _TensorBoard:
 
         self._summary, self._pb = summary, event_pb2
         self._events = event_file_writer.EventsWriter(str(folder / "events"))
-        # What a run before this one showed of later steps is no longer shown
+        # Hides what was shown of later steps before the run was resumed.
         self._write(purge_step, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
 
     def add_scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Values by their names; on disk when this returns."""
+        """Add values by name, which are on disk when this returns."""
         for name, value in values.items():
             self._write(step, summary=self._summary.scalar(name, value))
         self._events.flush()
 
     def add_image(self, name: str, pixels: np.ndarray, step: int) -> None:
-        """Pixels `[height, width, 3]`, uint8; on disk when this returns."""
+        """Add an image, uint8 `[height, width, 3]`, which is on disk when this returns."""
         self._write(step, summary=self._summary.image(name, pixels, dataformats="HWC"))
         self._events.flush()
 
@@ -169,7 +176,7 @@ class _TensorBoard:
 
 
 class SilentReporter(Reporter):
-    """The reporter of a process whose group has another one for it: writes and shows nothing."""
+    """The reporter of all processes but the first one, which writes and shows nothing."""
 
     def __init__(self, workdir: AnyPath, *, start_step: int, total_steps: int):
         del start_step, total_steps
@@ -179,24 +186,27 @@ class SilentReporter(Reporter):
         pass
 
     def advance(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def flush(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def show(self, step: int, name: str, picture: PIL.Image.Image) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def say(self, text: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 def describe(part: str, metrics: Mapping[str, float]) -> str:
-    """One evaluation in words, e.g. `eval top-1 97.22 %, top-5 100.00 %, loss 0.1034 (144 images)`,
-    or `eval mIoU 41.00 %, ...`."""
+    """Describe an evaluation in one line.
+
+    Examples are `eval top-1 97.22 %, top-5 100.00 %, loss 0.1034 (144 images)` and
+    `eval mIoU 41.00 %, ...`.
+    """
     shares = [
         f"{words} {100 * metrics[f'{part}/{name}']:.2f} %"
         for name, words in _SHARES.items()

@@ -1,9 +1,9 @@
-"""What a run was made from, written into its folder once and compared by every entry point.
+"""The record of what a run was made from, written to its folder once and checked on every start.
 
-`record.json` has the class names, the preprocessing and the number of examples of each part of the
-data. Where the source has names for its examples, `examples/PART.txt` lists them in the run's
-order, one on a line. A run of an older version has no `record.json`: its config and the card of its
-model folder tell the rest, and its data is cut as that version did.
+`record.json` contains the class names, the preprocessing and the number of examples in each part of
+the data. If the source has names for its examples, `examples/PART.txt` lists them in the order of
+the run, one per line. Runs of older versions have no `record.json`: this information then comes
+from their config and the card in their model folder, and their data is cut as it was then.
 """
 
 import dataclasses
@@ -28,21 +28,21 @@ from vvt_jax.weights.pretrained import read_card
 
 FORMAT_VERSION = 1
 FILE, LISTS = "record.json", "examples"
-_MOST_NAMES = 3  # that a sentence lists
+_MOST_NAMES = 3  # listed in a sentence
 
 
 class RecordError(UserError):
-    """Data or settings that are not those that a run or a model was made from."""
+    """Data or settings differ from those that a run or a model was made from."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """The examples of one part of a run's data: of `train`, `validation` or `test`.
+    """The examples of one part of a run's data: `train`, `validation` or `test`.
 
     Attributes:
-        split: as the config writes it.
-        count: their number.
-        names: see `Source`; None where the source has none.
+        split: the split, as written in the config.
+        count: the number of examples.
+        names: the names of the examples, see `Source`; None if the source has none.
     """
 
     split: str
@@ -52,14 +52,14 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
-    """What a run was made from.
+    """The record of what a run was made from.
 
     Attributes:
-        config: as `config.json` has it.
-        class_names: in the order of the labels; None where an older run does not tell.
-        preprocessing: the preprocessing record; empty where an older run does not tell.
-        parts: by name; None for an older run.
-        digest: of all of it.
+        config: the config, as in `config.json`.
+        class_names: the class names, in the order of the labels; None if unknown in an older run.
+        preprocessing: the preprocessing record; empty if unknown in an older run.
+        parts: the parts of the data by name; None in an older run.
+        digest: a digest of the whole record.
     """
 
     config: Mapping[str, Any]
@@ -70,10 +70,10 @@ class RunRecord:
 
 
 def read(workdir: AnyPath) -> RunRecord | None:
-    """The record of the run in a folder; None where there is no run.
+    """Read the record of the run in a folder; None if there is no run.
 
     Raises:
-        ConfigError: a file of it is damaged.
+        ConfigError: one of its files is damaged or can't be read.
     """
     config = configuration.read(workdir)
     if config is None:
@@ -109,7 +109,10 @@ def write(
     preprocessing: Mapping[str, Any],
     sources: Mapping[str, Source],
 ) -> None:
-    """Records a new run. It has to come before `config.json`, which makes the folder a run's."""
+    """Write the record of a new run.
+
+    It must be written before `config.json`, which marks the folder as that of a run.
+    """
     parts: dict[str, dict[str, Any]] = {}
     for name, source in sources.items():
         parts[name] = {"split": source.split, "count": len(source.examples)}
@@ -127,7 +130,10 @@ def write(
 
 
 def find_origin(path: str | os.PathLike) -> RunRecord | None:
-    """The record of the run that weights come from: its workdir, or the `model` folder in it."""
+    """Return the record of the run that weights come from, or None if there is none.
+
+    The path is the run's workdir, or the `model` folder in it.
+    """
     if str(path).startswith(hub.PREFIX):
         return None
     place = storage.locate(path)
@@ -140,14 +146,15 @@ def find_origin(path: str | os.PathLike) -> RunRecord | None:
 def choose_cuts(
     record: RunRecord | None, origin: RunRecord | None, data: ConfigDict, parts: Mapping[str, str]
 ) -> dict[str, Cut]:
-    """How to choose the examples of each part.
+    """Return how to select the examples of each part.
 
     Args:
-        record: of the run to go on with, or to measure; None for a new one.
-        origin: of the run that the weights come from, if they come from one. Its examples count
-            where it was made from the same data: what it was trained on must not be measured.
-        data: `config.data`.
-        parts: the splits by the parts' names.
+        record: the record of the run to resume or evaluate; None for a new run.
+        origin: the record of the run that the weights come from, if any. If that run was made from
+            the same data, its examples apply, so that nothing it was trained on is used to
+            evaluate.
+        data: the `config.data` fields.
+        parts: the splits by part.
     """
     if record is None and origin is not None and _has_same_data(origin, data, parts):
         record = origin
@@ -156,9 +163,9 @@ def choose_cuts(
     if record.parts is None:
         return dict.fromkeys(parts, splits.at_random)
     cuts: dict[str, Cut] = {}
-    for name in {**record.parts, **parts}:  # also those that an evaluation does not read
+    for name in {**record.parts, **parts}:  # including parts that an evaluation doesn't read
         listed = record.parts[name].names if name in record.parts else None
-        # Training keeps the places of all other examples in its order.
+        # If files are gone, training keeps the positions of all other examples in its order.
         cuts[name] = (
             splits.ByHash(parts.values())
             if listed is None
@@ -168,10 +175,10 @@ def choose_cuts(
 
 
 def describe_changes(cuts: Mapping[str, Cut]) -> list[str]:
-    """Sentences about the files that were added or removed since a run recorded its examples.
+    """Return sentences about files that were added or removed since a run recorded its examples.
 
     Args:
-        cuts: by part, after the sources were opened.
+        cuts: the cuts by part, after the sources have been opened.
     """
     recorded = {name: cut for name, cut in cuts.items() if isinstance(cut, splits.Recorded)}
     lines = []
@@ -193,8 +200,11 @@ def describe_changes(cuts: Mapping[str, Cut]) -> list[str]:
 
 
 def check_counts(record: RunRecord, sources: Mapping[str, Source]) -> None:
-    """Raises RecordError where a part of the data has another number of examples than the run had
-    and no names that would tell which."""
+    """Check that each part of the data without names has as many examples as the run recorded.
+
+    Raises:
+        RecordError: the number of examples differs.
+    """
     for name, source in sources.items():
         part = (record.parts or {}).get(name)
         if part is None or part.names is not None or part.count == len(source.examples):
@@ -213,16 +223,17 @@ def match_classes(
     *,
     some: bool,
 ) -> dict[str, Source]:
-    """The sources with labels that count the classes as a model does.
+    """Return the sources with their labels renumbered to match the outputs of a model.
 
     Args:
-        sources: by part.
-        class_names: of the model, in the order of its outputs.
-        told: where they are recorded, such as `runs/mine`.
-        some: whether the data may have only some of them.
+        sources: the data sources by part.
+        class_names: the class names of the model, in the order of its outputs.
+        told: the place where they are recorded, such as `runs/mine`.
+        some: whether the data may contain only some of the classes.
 
     Raises:
-        RecordError: the data has other classes; they are named.
+        RecordError: the data has different classes, which the message names, or classes in a
+            different order that can't be matched because two of them have the same name.
     """
     known = tuple(class_names)
     for source in sources.values():
@@ -256,17 +267,17 @@ def adopt(
     flagged: Collection[str],
     free: Collection[str] = (),
 ) -> tuple[ConfigDict, list[str]]:
-    """The config with the preprocessing that a run or a model recorded.
+    """Return the config with the values that a run or a model recorded.
 
     Args:
-        config: of the run.
-        recorded: values by field, such as `data.mean`.
-        told: where they are recorded.
-        flagged: fields that the command line sets, which go first.
-        free: fields that stay as the config has them.
+        config: the config of the run.
+        recorded: the recorded values by field, such as `data.mean`.
+        told: the place where they are recorded.
+        flagged: the fields that the command line sets, which take precedence.
+        free: the fields that remain as set by the config.
 
     Returns:
-        The config, and a sentence about what is different from the one given, if anything is.
+        The config, and a sentence about any differences from the given one.
     """
     before = configuration.values_of(config, recorded)
     values = {
@@ -283,8 +294,11 @@ def adopt(
 def check_flags(
     config: ConfigDict, recorded: Mapping[str, Any], flagged: Collection[str], workdir: str
 ) -> None:
-    """Raises RecordError where the command line sets another preprocessing than a run to go on
-    with has."""
+    """Check that the command line doesn't change the recorded preprocessing of a resumed run.
+
+    Raises:
+        RecordError: a field on the command line differs from the record.
+    """
     given = configuration.values_of(config, recorded)
     for field in sorted(set(flagged) & set(recorded)):
         if given[field] != recorded[field]:
@@ -295,7 +309,7 @@ def check_flags(
 
 
 def card_of(record: RunRecord | None) -> dict[str, Any]:
-    """What a run's record has of a model's card."""
+    """Return the fields of a model's card that a run's record contains."""
     if record is None:
         return {}
     known = {
@@ -307,7 +321,7 @@ def card_of(record: RunRecord | None) -> dict[str, Any]:
 
 
 def fields_of(card: Mapping[str, Any], *, inference: bool = False) -> dict[str, Any]:
-    """A card's preprocessing, and its inference if wanted, by field of the config."""
+    """Return a card's preprocessing by config field, with its inference settings if requested."""
     preprocessing = card.get("preprocessing") or {}
     fields = {f"data.{name}": preprocessing[name] for name in FIELDS if name in preprocessing}
     if inference:
@@ -318,7 +332,7 @@ def fields_of(card: Mapping[str, Any], *, inference: bool = False) -> dict[str, 
 
 
 def fingerprint(sources: Mapping[str, Source]) -> dict[str, Any]:
-    """What processes have to find alike in the data, see `hosts.check_agreement`."""
+    """Return what must be the same in all processes' data, see `hosts.check_agreement`."""
     found: dict[str, Any] = {}
     for part, source in sources.items():
         found[f"the number of {part} examples"] = len(source.examples)
@@ -329,10 +343,10 @@ def fingerprint(sources: Mapping[str, Source]) -> dict[str, Any]:
 
 
 def _read_older(workdir: AnyPath, config: Mapping[str, Any]) -> RunRecord:
-    """Of a run that a version without records began: its config decided about everything."""
+    """Return the record of a run from a version without records, whose config determined it."""
     try:
         names = read_card(workdir / "model").get("class_names")
-    except UserError:  # it was not evaluated yet
+    except UserError:  # it has not been evaluated yet
         names = None
     data = config.get("data")
     data = data if isinstance(data, Mapping) else {}
@@ -356,13 +370,20 @@ def _has_same_data(origin: RunRecord, data: ConfigDict, parts: Mapping[str, str]
     theirs = origin.config.get("data", {})
     return (
         theirs.get("source") == data.source
-        and theirs.get("data_dir") == data.data_dir
+        and _place(theirs.get("data_dir")) == _place(data.data_dir)
         and all(theirs.get(f"{part}_split") == split for part, split in parts.items())
     )
 
 
+def _place(data_dir: str | None) -> str | None:
+    """Return a folder's canonical path, however it is written."""
+    if data_dir is None or storage.is_remote(data_dir):
+        return data_dir
+    return os.path.realpath(os.path.expanduser(data_dir))
+
+
 def _to_line(name: str) -> bytes:
-    """A file's name on a line of its own, whatever bytes are in it."""
+    """Encode a file's name as a single line, whatever bytes it contains."""
     return os.fsencode(name).replace(b"\\", rb"\\").replace(b"\n", rb"\n") + b"\n"
 
 

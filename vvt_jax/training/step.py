@@ -16,14 +16,14 @@ from vvt_jax.training.optimizer import frozen
 
 @flax.struct.dataclass
 class Totals:
-    """Sums since the last report, kept on the device so that the loop never waits for them."""
+    """Sums since the last report, kept on the device so that the loop need not wait for them."""
 
     loss: jax.Array
     grad_norm: jax.Array
-    steps: jax.Array  # since then
-    updates: jax.Array  # of these, those that were not skipped: loss and norm are their sums
-    skipped: jax.Array  # the state's, at the last of the steps
-    bad_step: jax.Array  # the first step that was not finite and not skipped, 0 for none
+    steps: jax.Array  # number of steps since the last report
+    updates: jax.Array  # steps that were not skipped; loss and grad_norm are sums over these
+    skipped: jax.Array  # value of the state's `skipped` after the last of the steps
+    bad_step: jax.Array  # first step that was neither finite nor skipped; 0 if there is none
 
     @classmethod
     def zeros(cls) -> "Totals":
@@ -34,19 +34,19 @@ class Totals:
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a run carries from step to step, and all that a checkpoint holds of it."""
+    """Everything that a run carries from step to step and that a checkpoint holds of it."""
 
-    step: jax.Array  # batches gone through
-    skipped: jax.Array  # of these, those without an update, their loss or gradient not finite
-    seed: jax.Array  # what is random in a step follows from seed and step alone
+    step: jax.Array  # number of batches processed
+    skipped: jax.Array  # batches without an update because the loss or gradient was not finite
+    seed: jax.Array  # all randomness in a step is determined by seed and step alone
     params: Any
     mutable: Any  # the model's other collections, e.g. batch statistics
     opt_state: optax.OptState
-    ema: Any  # moving average of params, or None
+    ema: Any  # moving average of the parameters, or None
     totals: Totals
 
     def variables(self, *, ema: bool = False) -> dict[str, Any]:
-        """What `model.apply` takes, with the averaged weights on request."""
+        """Return the variables for `model.apply`, with the averaged weights if `ema` is set."""
         return {"params": self.ema if ema else self.params, **self.mutable}
 
 
@@ -58,7 +58,7 @@ def init_state(
     *,
     ema: bool,
 ) -> TrainState:
-    """The state before the first step; images are `[batch, height, width, 3]`."""
+    """Return the state before the first step; images are `[batch, height, width, 3]`."""
     key = jax.random.fold_in(jax.random.key(seed), 0)
     mutable = model.init(key, jnp.zeros(image_shape))
     params = mutable.pop("params")
@@ -85,21 +85,22 @@ def make_train_step(
     freeze: Sequence[str] = (),
     skip_nonfinite: int = 0,
 ) -> Callable[[TrainState, Mapping[str, jax.Array]], TrainState]:
-    """The update by one batch, a pure function for `jax.jit`.
+    """Return the training step for one batch, a pure function for `jax.jit`.
 
     Args:
-        model: takes images and `train=True`.
-        optimizer: its state is the state's.
-        prepare: of a batch and a key makes normalised images and targets `[batch, ...]`, see
-            `mixing.prepare_batch`.
-        loss: of what the model gives and the targets; a mean over the batch, each example with the
-            same weight.
-        ema_decay: of the averaged weights, where the state has some.
-        accumulate: the batch goes through the model in so many parts, one after the other: the
-            same update as in one, to rounding, for models without dropout, in less memory.
-        freeze: parameters that get no gradient, see `optimizer.frozen`.
-        skip_nonfinite: so many steps of a run whose loss or gradient is not finite leave all but
-            `step`, `skipped` and `totals` as it was.
+        model: the model, called with images and `train=True`.
+        optimizer: the optimizer, whose state is the `opt_state` of the training state.
+        prepare: a function from a batch and a key to normalised images and targets `[batch, ...]`,
+            see `mixing.prepare_batch`.
+        loss: the loss as a function of the model's outputs and the targets. It is a mean over the
+            batch in which all examples have the same weight.
+        ema_decay: the decay rate of the averaged weights, if the state has them.
+        accumulate: the number of parts in which a batch passes through the model, one after the
+            other. This needs less memory and, for models without dropout, gives the same update
+            as a single pass, up to rounding.
+        freeze: the parameters that get no gradient, see `optimizer.frozen`.
+        skip_nonfinite: the number of steps in a run that may be skipped because their loss or
+            gradient is not finite. A skipped step changes only `step`, `skipped` and `totals`.
     """
 
     differentiate = _make_gradients(model, loss, freeze, accumulate)
@@ -119,7 +120,7 @@ def make_train_step(
             ema = optax.incremental_update(params, ema, 1 - ema_decay)
         finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
         skip, skipped = jnp.zeros((), bool), state.skipped
-        if skip_nonfinite:  # else the selections would cost, and never select
+        if skip_nonfinite:  # otherwise the selections would cost time and never select anything
             skip = ~finite & (skipped < skip_nonfinite)
             skipped = skipped + skip
             value, grad_norm = (jnp.where(skip, 0.0, x) for x in (value, grad_norm))
@@ -134,7 +135,8 @@ def make_train_step(
             grad_norm=state.totals.grad_norm + grad_norm,
             steps=state.totals.steps + 1,
             updates=state.totals.updates + ~skip,
-            # It only grows. What a step does not read, jit does not take over.
+            # The maximum is simply `skipped`, which only grows, but computing it reads the old
+            # value: jit does not donate the buffer of an input that the step never reads.
             skipped=jnp.maximum(state.totals.skipped, skipped),
             bad_step=jnp.where(finite | skip | (bad > 0), bad, step),
         )
@@ -149,8 +151,10 @@ def _make_gradients(
     freeze: Sequence[str],
     accumulate: int,
 ) -> Callable[..., tuple[jax.Array, Any, Any]]:
-    """Of parameters, other collections, images, targets and a key makes the loss, the collections
-    afterwards and the gradients."""
+    """Return a function that computes the loss, the updated collections and the gradients.
+
+    Its arguments are the parameters, the model's other collections, images, targets and a key.
+    """
 
     def loss_of(params, mutable, images, targets, key):
         if freeze:
@@ -191,6 +195,9 @@ def _make_gradients(
 
 
 def _parts(array: jax.Array, parts: int) -> jax.Array:
-    """`[batch, ...]` -> `[parts, batch / parts, ...]`, part i of every so-manieth example: each
-    device that holds a piece of the batch then has a piece of every part."""
+    """Split `[batch, ...]` into `[parts, batch / parts, ...]`.
+
+    Part i consists of every `parts`-th example, beginning with example i, so that each device that
+    holds a piece of the batch has a piece of every part.
+    """
     return array.reshape(-1, parts, *array.shape[1:]).swapaxes(0, 1)

@@ -1,7 +1,8 @@
-"""What a run learns: to classify images, or each of their pixels. All that differs between them.
+"""The tasks that a run can learn, and everything that differs between them.
 
-The trainer takes a task's model, batches, loss, evaluation and tables, and knows nothing else of
-it. A further task is a further class with these members, and a line in `make_task`.
+A model learns to classify either whole images or each of their pixels. The trainer uses a task's
+model, batches, loss, evaluation and tables, and knows nothing else about it. To add a task, write a
+class with these members and choose it in `make_task`.
 """
 
 import contextlib
@@ -32,18 +33,19 @@ from vvt_jax.training.eval_step import evaluate, make_eval_step, make_set_step
 from vvt_jax.training.losses import mean_cross_entropy, pixel_cross_entropy
 from vvt_jax.weights.inference_settings import check_inference, plain_inference
 
-_SHOWN = 4  # images of a picture that compares predictions with the truth
+_SHOWN = 4  # images in the picture that compares predictions with the ground truth
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What an evaluation gives.
+    """The results of an evaluation.
 
     Attributes:
-        metrics: by name.
-        confusion: int `[classes, classes]`, rows are the true classes; None where it isn't counted.
-        picture: of predictions beside the truth, or None.
-        broken: numbers of the examples that could not be used and are counted nowhere.
+        metrics: the metrics by name.
+        confusion: the confusion matrix, int `[classes, classes]`, whose rows are the true classes;
+            None if it wasn't computed.
+        picture: a picture of predictions beside the ground truth, or None.
+        broken: the numbers of the examples that could not be used and are excluded from all counts.
     """
 
     metrics: dict[str, float]
@@ -53,13 +55,14 @@ class Measured:
 
 
 class Task(Protocol):
-    """What the trainer needs of a task.
+    """The interface between the trainer and a task.
 
     Attributes:
-        model: what is trained.
-        card: what is stored with its weights.
-        score: the measurement that says which weights are the best, higher being better.
-        train_example: makes the arrays of a training example, see `loader.train_batches`.
+        model: the model to train.
+        card: the information that is stored with the model's weights.
+        score: the name of the metric that decides which weights are the best; higher is better.
+        train_example: a function that makes the arrays of a training example, see
+            `loader.train_batches`.
     """
 
     model: VVT
@@ -68,29 +71,34 @@ class Task(Protocol):
     train_example: Callable[..., dict[str, Any]]
 
     def train_arrays(self) -> dict[str, tuple[tuple[int, ...], Any]]:
-        """Shape and dtype of each array of a training batch."""
+        """Return the shape and dtype of each array in a training batch."""
 
     def prepare(
         self, batch: Mapping[str, jax.Array], key: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Images and targets as the model sees them; runs inside the training step."""
+        """Return the images and targets for the model; runs inside the training step."""
 
     def loss(self, outputs: Any, targets: jax.Array) -> jax.Array:
-        """The loss of a batch, a float32 number, of what the model gives in training."""
+        """Return the loss of a batch, a float32 scalar, from the model's outputs in training."""
 
     def evaluator(self, mesh: Mesh, variables: Any) -> Callable[[Any, Source], Measured]:
-        """Measures variables on a source; given are their shapes with shardings."""
+        """Return a function that evaluates variables on a source.
+
+        `variables` contains the shapes, dtypes and shardings of the variables.
+        """
 
     def set_evaluator(self, mesh: Mesh, variables: Any) -> Callable[..., Measured]:
-        """The same for the sources of `imagenet_sets`; fields of the preprocessing record may be
-        given by name."""
+        """Return the same function for the sources of `imagenet_sets`.
+
+        It also accepts fields of the preprocessing record as keyword arguments.
+        """
 
     def write_tables(self, folder: AnyPath, name: str, confusion: np.ndarray) -> None:
-        """Writes what each class is taken for."""
+        """Write tables of the results per class, computed from the confusion matrix."""
 
 
 class Classification:
-    """One label an image."""
+    """Image classification: one label per image."""
 
     score = "top1"
     train_example = staticmethod(augment.train_example)
@@ -159,7 +167,7 @@ class Classification:
         return measure
 
     def write_tables(self, folder: AnyPath, name: str, confusion: np.ndarray) -> None:
-        # The model may have more classes than the data has names for, and predict them
+        # The model may have, and predict, more classes than the data has names for.
         named = len(self.card["class_names"])
         names = all_class_names(self.card, self.model.num_classes)
         charts.write_per_class(folder / f"{name}_per_class.csv", confusion[:named], names)
@@ -172,7 +180,7 @@ class Classification:
 
 
 class Segmentation:
-    """One label a pixel."""
+    """Semantic segmentation: one label per pixel."""
 
     score = "miou"
     train_example = staticmethod(pixel_labels.train_example)
@@ -212,7 +220,7 @@ class Segmentation:
     def prepare(
         self, batch: Mapping[str, jax.Array], key: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        del key  # nothing is drawn on the device
+        del key  # nothing random happens on the device
         return normalize(batch["image"], self._record), batch["segmentation"]
 
     def loss(self, outputs: Any, targets: jax.Array) -> jax.Array:
@@ -227,7 +235,7 @@ class Segmentation:
         scores = segment.make_scores(self.model, self._record, self._inference)
         names = pixel_labels.view_names(self._inference["scales"])
         shapes = variables
-        compiled: dict[Any, jax.stages.Compiled] = {}  # by the size of the images
+        compiled: dict[Any, jax.stages.Compiled] = {}  # by the images' shape
 
         def sums_of(found, batch):
             sums = segment.pixel_sums(found, batch["segmentation"], batch["own_size"])
@@ -238,10 +246,10 @@ class Segmentation:
 
         def measure(variables: Any, source: Source) -> Measured:
             loss, images, picture = 0.0, 0, None
-            # Several processes read all images in step, and each may have files of its own: there
-            # a broken image ends the run
+            # Several processes read all images in lockstep, and each may have its own files. So
+            # with several processes, a broken image ends the run.
             broken: list[int] | None = [] if jax.process_count() == 1 else None
-            # Of 64 bits: a set has more pixels than 2³¹
+            # 64 bits, because a data set has more than 2³¹ pixels.
             confusion = np.zeros((self.model.num_classes,) * 2, np.int64)
             dispatched = sharding.Dispatched()
 
@@ -304,16 +312,16 @@ class Segmentation:
 
 
 def all_class_names(card: Mapping[str, Any], num_classes: int) -> list[str]:
-    """A name for each class of a model, which may have more than the card has names for."""
+    """Return a name for each class of a model, which may have more classes than the card names."""
     names = card["class_names"]
     return [*names, *(f"class {i}" for i in range(len(names), num_classes))]
 
 
 def make_task(config: ConfigDict, source: Source) -> Task:
-    """The task of a config, for the classes of its training images.
+    """Return the task of a config, for the classes of a data source.
 
     Raises:
-        ConfigError: settings that it can't be run with.
+        ConfigError: the task can't be run with these settings.
     """
     task = Segmentation if config.model.head else Classification
     if source.pixels != (task is Segmentation):
@@ -327,7 +335,7 @@ def make_task(config: ConfigDict, source: Source) -> Task:
 
 
 def _describe_data(data: ConfigDict, source: Source) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The preprocessing record, and the card that holds it."""
+    """Return the preprocessing record, and the card that contains it."""
     record = {
         "size": list(data.size),
         "crop_fraction": data.crop_fraction,
@@ -341,10 +349,10 @@ def _describe_data(data: ConfigDict, source: Source) -> tuple[dict[str, Any], di
 
 
 def make_model(config: ConfigDict, num_classes: int) -> VVT:
-    """The config's model, with as many classes unless it says how many.
+    """Return the config's model, with `num_classes` classes unless the config sets their number.
 
     Raises:
-        ConfigError: it describes no model.
+        ConfigError: the config doesn't describe a valid model.
     """
     fields = {name: value for name, value in config.model.items() if value is not None}
     with naming("config.model"):
@@ -363,7 +371,7 @@ def _model_for(config: ConfigDict, source: Source) -> VVT:
 
 @contextlib.contextmanager
 def naming(fields: str) -> Iterator[None]:
-    """Says which fields of the config a ValueError is about."""
+    """Turn a ValueError into a ConfigError that names the config fields it is about."""
     try:
         yield
     except ValueError as error:

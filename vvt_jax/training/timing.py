@@ -1,4 +1,4 @@
-"""Where a run's time goes: the share spent waiting for data, and a profiler trace of some steps."""
+"""Timing of a run: the time spent waiting for data, and profiler traces of selected steps."""
 
 import contextlib
 import time
@@ -14,27 +14,27 @@ Item = TypeVar("Item")
 
 
 class Stopwatch:
-    """Time since the last reading, pauses left out, and how much of it was waiting."""
+    """Measures the time since the last reading, without pauses, and how much of it was waiting."""
 
     def __init__(self) -> None:
         self._since = time.perf_counter()
         self._waited = 0.0
 
     def read(self) -> tuple[float, float]:
-        """Seconds since the last reading, and those of them spent inside `waiting`."""
+        """Return the seconds since the last reading, and how many of them were spent waiting."""
         since, self._since = self._since, time.perf_counter()
         waited, self._waited = self._waited, 0.0
         return self._since - since, waited
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves out what happens inside, such as evaluation."""
+        """Exclude what happens inside the context, such as an evaluation."""
         start = time.perf_counter()
         yield
         self._since += time.perf_counter() - start
 
     def waiting(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The items; the time until each is there counts as waiting."""
+        """Yield the items; the time until each of them is available counts as waiting."""
         iterator = iter(items)
         while True:
             start = time.perf_counter()
@@ -47,12 +47,12 @@ class Stopwatch:
 
 
 class Trace:
-    """A profiler trace of some steps, for TensorBoard's profile page or Perfetto.
+    """A profiler trace of consecutive steps, for TensorBoard's profile page or Perfetto.
 
     Args:
-        folder: where it goes.
-        first: the first step, counted from 1; 0 for no trace.
-        steps: how many.
+        folder: the folder to write the trace to.
+        first: the first step to trace, counted from 1; 0 for no trace.
+        steps: the number of steps to trace.
     """
 
     def __init__(self, folder: AnyPath, first: int, steps: int):
@@ -66,13 +66,13 @@ class Trace:
         self._stop()
 
     def before(self, step: int) -> None:
-        """Starts where that step is the first one."""
+        """Start the trace if the given step is the first one to trace."""
         if self._first and step == self._first:
             self._running = self._traced()
             self._running.__enter__()
 
     def after(self, step: int, done: jax.Array) -> None:
-        """Waits for the end of the last step, and writes."""
+        """Wait for the given step and write the trace, if it is the last one to trace."""
         if self._running and step >= self._last:
             done.block_until_ready()
             self._stop()

@@ -1,4 +1,4 @@
-"""Which weights a model has, and whether given ones are those."""
+"""Checks that weights are finite and are those of a model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,14 +9,18 @@ from vvt_jax.system.errors import UserError
 
 
 class WeightsError(UserError):
-    """Weights that can't be read, or are not those of the model."""
+    """Weights can't be read, or are not those of the model."""
 
 
 def check_arrays(given: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Compares arrays by name with the shapes that a model has.
+    """Compare arrays, by name, with the shapes that a model has.
+
+    Args:
+        given: the arrays, or anything else with a shape, by name.
+        expected: the shapes of the model's arrays, by name.
 
     Raises:
-        WeightsError: an array that is missing, surplus or of another shape, each named.
+        WeightsError: an array is missing, unexpected or of another shape; the message names it.
     """
     missing = [name for name in expected if name not in given]
     surplus = [name for name in given if name not in expected]
@@ -33,13 +37,15 @@ def check_arrays(given: Mapping[str, Any], expected: Mapping[str, tuple[int, ...
 
 
 def check_finite(arrays: Mapping[str, np.ndarray]) -> None:
-    """Refuses weights of which a model would only make more numbers that are none.
+    """Refuse weights with NaN or infinite values, which would spread to the model's output.
 
     Raises:
-        WeightsError: an array, by its name, has a NaN or an infinite number.
+        WeightsError: an array has a NaN or an infinite value; the message names the array.
     """
     for name, array in arrays.items():
-        if not np.isfinite(array).all():
+        with np.errstate(over="ignore"):  # the model computes in float32 at most
+            finite = np.isfinite(np.asarray(array).astype(np.float32, copy=False)).all()
+        if not finite:
             raise WeightsError(f"These weights can't be used: {name} has NaN or infinite numbers.")
 
 

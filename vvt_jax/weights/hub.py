@@ -1,4 +1,4 @@
-"""Model folders on the Hugging Face Hub, by `hf://organisation/name` or `hf://.../name@revision`."""
+"""Model folders on the Hugging Face Hub, at `hf://organisation/name` or `hf://.../name@revision`."""
 
 from pathlib import Path
 
@@ -8,14 +8,16 @@ PREFIX = "hf://"
 
 
 def fetch(address: str, files: tuple[str, ...]) -> Path:
-    """The local folder of a Hub repository: from huggingface_hub's cache, downloaded if need be.
+    """Return the local folder of a Hub repository, downloaded if huggingface_hub has not cached it.
 
     Args:
-        address: `hf://organisation/name`, with a branch, tag or commit after `@` if not the newest.
-        files: the only ones that are fetched.
+        address: `hf://organisation/name`, followed by `@` and a branch, tag or commit if it is not
+            the newest revision.
+        files: the files to fetch; no others are downloaded.
 
     Raises:
-        WeightsError: huggingface_hub isn't installed, or it doesn't get at the repository.
+        WeightsError: huggingface_hub isn't installed, the address is malformed, or the repository
+            can't be fetched.
     """
     try:
         import huggingface_hub
@@ -34,7 +36,7 @@ def fetch(address: str, files: tuple[str, ...]) -> Path:
             repository, revision=revision or None, allow_patterns=list(files)
         )
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError, ValueError) as error:
-        # among them LocalEntryNotFoundError: offline, and not in the cache
+        # These include LocalEntryNotFoundError: offline, and not in the cache
         reason = str(error).strip().partition("\n")[0][:200].rstrip(".")
         raise WeightsError(f"{address} can't be fetched: {reason}.") from error
     return Path(folder)

@@ -1,25 +1,25 @@
-"""How whole images go through a segmenter, as a model's card records it in `card["inference"]`:
+"""How a segmenter processes whole images, as recorded in `card["inference"]` of its card:
 
 {"short_side": 512,     # pixels that the shorter side of an image is resized to
- "window": [512, 512],  # height, width of windows that slide over it, where stride is not 0
- "stride": 0,           # pixels from window to window; 0: the whole image at once
- "scales": [1.0],       # sizes that are looked at, of short_side; the first is the reference
- "flip": False}         # look at the mirrored image as well
+ "window": [512, 512],  # height and width of the sliding window in pixels, if stride is not 0
+ "stride": 0,           # pixels between windows; 0: the whole image at once
+ "scales": [1.0],       # sizes to process, as multiples of short_side; the first is the reference
+ "flip": False}         # whether to process the mirrored image as well
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-_LARGEST_SIDE = 2**13  # pixels of a short side, window or stride
+_LARGEST_SIDE = 2**13  # upper limit of a short side, window or stride, in pixels
 _MOST_SCALES = 32
 _FIELDS = ("short_side", "window", "stride", "scales", "flip")
 
 
 def check_inference(inference: Mapping[str, Any]) -> None:
-    """Checks the settings above.
+    """Check the settings that the module docstring describes.
 
     Raises:
-        ValueError: a field is missing, unknown or out of range; one sentence says which.
+        ValueError: a field is missing, unknown or out of range; the message is one sentence.
     """
     if not isinstance(inference, Mapping):
         raise ValueError(f"The settings must be a dict, not {type(inference).__name__}.")
@@ -71,6 +71,6 @@ def _is_whole(value: object, least: int) -> bool:
 
 
 def plain_inference(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings to look once at the whole image, its short side that of the training crops."""
+    """Return settings to process the whole image once, at the short side of the training crops."""
     size = list(preprocessing["size"])
     return {"short_side": min(size), "window": size, "stride": 0, "scales": [1.0], "flip": False}

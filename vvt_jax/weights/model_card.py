@@ -1,4 +1,4 @@
-"""The README.md of a model folder, with the metadata that the Hugging Face Hub reads."""
+"""The README.md of a model folder, including the metadata that the Hugging Face Hub reads."""
 
 import json
 from collections.abc import Mapping
@@ -8,11 +8,14 @@ from vvt_jax.models import VVT, Segmenter
 from vvt_jax.models.vvt import VARIANTS, create_model, model_fields
 
 FILE = "README.md"
-_MOST_NAMES = 20  # class names that are listed
+_MOST_NAMES = 20  # number of class names to list
 
 
 def variant_name(model: VVT) -> str | None:
-    """The name under which `create_model` makes it, apart from how it computes; None: no name."""
+    """Return the name with which `create_model` creates this model, or None if it has no name.
+
+    The number of classes and fields that only affect training or computation are ignored.
+    """
     free = {
         field: getattr(model, field)
         for field in ("num_classes", "drop_path_rate", "dtype", "remat", "unroll", "ffn_bands")
@@ -21,12 +24,12 @@ def variant_name(model: VVT) -> str | None:
 
 
 def model_card(model: VVT, card: Mapping[str, Any], parameters: int) -> str:
-    """Says in Markdown what a model is, how to use it, and what it wants to be fed.
+    """Describe a model in Markdown: what it is, how to use it, and what input it takes.
 
     Args:
-        model: its fields are listed.
-        card: `preprocessing` and `class_names`, where they are known.
-        parameters: their number.
+        model: the model, whose fields are listed.
+        card: the card of the model, with `preprocessing` and `class_names` if they are known.
+        parameters: the number of parameters.
     """
     name = variant_name(model)
     task = "image-classification" if model.num_classes else "image-feature-extraction"
@@ -65,7 +68,7 @@ def model_card(model: VVT, card: Mapping[str, Any], parameters: int) -> str:
         "",
     ]
     if record := card.get("preprocessing"):
-        # indented, and thereby literal whatever stands in it
+        # indented, so that Markdown shows any content literally
         lines += [f"    {key}: {json.dumps(value)}" for key, value in record.items()]
     else:
         lines += ["Not recorded."]
@@ -82,5 +85,5 @@ def model_card(model: VVT, card: Mapping[str, Any], parameters: int) -> str:
 
 
 def _literal(name: str) -> str:
-    """One line, whatever is in a name."""
+    """Return a name in quotes on a single line, whatever characters it has."""
     return json.dumps(name, ensure_ascii=False).replace("\u2028", " ").replace("\u2029", " ")

@@ -1,6 +1,6 @@
-"""Model folders: `config.json` and `model.safetensors`, all that is needed to use a model.
+"""Model folders: `config.json` and `model.safetensors`, which are all it takes to use a model.
 
-A `README.md` beside them tells people the same; nothing reads it.
+The `README.md` next to them describes the model to people; the program never reads it.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from vvt_jax.weights.published import read_published
 
 FORMAT_VERSION = 1
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
-# The weights that config.json describes, from when it is replaced until they are renamed.
+# Where the weights that config.json describes are between its replacement and their renaming.
 _NEXT_WEIGHTS = "model.safetensors.next"
 _CLASSES: dict[str, type[VVT]] = {
     "vvt_jax.models.VVT": VVT,
@@ -42,19 +42,23 @@ _CLASSES: dict[str, type[VVT]] = {
 def save_pretrained(
     folder: str | os.PathLike, model: VVT, variables: Mapping[str, Any], card: Mapping[str, Any]
 ) -> None:
-    """Writes a model folder; one that is there is replaced.
+    """Write a model folder, replacing the one that is there.
 
-    Nothing is written unless everything can be. A reader, also after this was killed, gets the old
-    model or the new one. Weights in bfloat16 are stored as float32, which holds the same values.
+    Everything is checked before anything is written. A reader gets either the old or the new model,
+    even if this process is killed. Weights in bfloat16 are stored as float32, which represents the
+    same values.
 
     Args:
-        folder: made if it is missing; also of an object store, such as `gs://bucket/model`.
-        model: its class and fields go into `config.json`.
-        variables: what `model.apply` takes; saved under keys like `params/stage1/...`.
-        card: `preprocessing` (see `vvt_jax.data.preprocess`) and `class_names`, JSON values.
+        folder: the folder, created if it is missing; it may be in an object store, such as
+            `gs://bucket/model`.
+        model: the model, whose class and fields are stored in `config.json`.
+        variables: the variables that `model.apply` takes, saved under keys like
+            `params/stage1/...`.
+        card: JSON values: `preprocessing` (see `vvt_jax.data.preprocess`) and `class_names`.
 
     Raises:
-        WeightsError: a card that does not fit the model or JSON, or weights that are not finite.
+        WeightsError: the card does not fit the model or is not valid JSON, or the weights are not
+            finite or not those of the model.
     """
     try:
         if isinstance(card, Mapping):
@@ -90,64 +94,69 @@ def save_pretrained(
 
 
 def _storable(name: str, value: Any) -> np.ndarray:
-    """An array that safetensors stores as it reads: it writes the memory and not the elements, so
-    that a transposed view would be stored wrongly without a word."""
+    """Return a contiguous array in a float dtype that safetensors stores correctly.
+
+    safetensors writes the memory and not the elements, so it would silently store a transposed view
+    wrongly.
+    """
     array = np.ascontiguousarray(value)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise WeightsError(f"{name} is in {array.dtype}, not a float, and can't be saved.")
     if array.dtype in (np.float16, np.float32):
         return array
-    with np.errstate(over="ignore"):  # it is refused by name
+    with np.errstate(over="ignore"):  # check_finite reports the overflow, with the name
         return array.astype(np.float32)
 
 
 def _as_json(value: Any) -> Any:
-    """NumPy's scalars and arrays as JSON has them."""
+    """Convert NumPy scalars and arrays to their JSON equivalents."""
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     raise TypeError(f"{type(value).__name__} is not a JSON value")
 
 
 def _finish_stopped_save(place: AnyPath) -> None:
-    """Gives the weights of a save that was killed their place, if `config.json` describes them."""
+    """Rename the weights that a killed save left behind, if `config.json` describes them."""
     try:
         described = json.loads(storage.read_text(place / _CONFIG, SizeLimit.CONFIG))["sha256"]
         weights = storage.read_bytes(place / _NEXT_WEIGHTS, SizeLimit.WEIGHTS)
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return  # there are none
+        return  # no save was interrupted
     if hashlib.sha256(weights).hexdigest() == described:
         _rename_weights(place, weights)
 
 
 def _rename_weights(place: AnyPath, weights: bytes) -> None:
-    """Gives the new weights, which lie there under their other name, their place."""
+    """Rename the new weights, which are already stored under their temporary name."""
     if not storage.is_remote(place):
         (place / _NEXT_WEIGHTS).replace(place / _WEIGHTS)
         return
     storage.replace(place / _WEIGHTS, weights)
-    with contextlib.suppress(OSError):  # it may stay: the next call replaces it
+    with contextlib.suppress(OSError):  # it can be left behind: the next save replaces it
         (place / _NEXT_WEIGHTS).unlink()
 
 
 def load_pretrained(
     path: str | os.PathLike, name: str | None = None, **fields: Any
 ) -> tuple[VVT, dict[str, Any], dict[str, Any]]:
-    """A model, its variables and its card from a folder that `save_pretrained` wrote.
+    """Load a model, its variables and its card from a folder that `save_pretrained` wrote.
 
     Args:
-        path: the folder, also of an object store; or `hf://organisation/name`, one on the Hugging
-            Face Hub, with a revision after `@` if wanted; or a published `.pth`, see
-            `vvt_jax.convert.read_published`.
-        name: only for weights that don't say which model they are; a folder does.
-        **fields: override the model's own, e.g. `dtype="bfloat16"` or `unroll=False`.
+        path: the folder, which may be in an object store; or `hf://organisation/name` for a folder
+            on the Hugging Face Hub, with an optional revision after `@`; or a published `.pth`
+            file, see `vvt_jax.convert.read_published`.
+        name: the name of the model, only for weights that don't identify their model; a folder
+            does.
+        **fields: model fields that override the stored ones, e.g. `dtype="bfloat16"` or
+            `unroll=False`.
 
     Returns:
-        The linen module, `{"params": ...}` (and other collections) and the card.
+        The linen module, its variables `{"params": ...}` (with any other collections) and the card.
 
     Raises:
-        WeightsError: the folder is missing, incomplete, damaged, of another format version, or its
-            weights or card don't fit the model; the message names what.
-        ValueError: fields that a model does not have.
+        WeightsError: the folder is missing, incomplete, damaged or of another format version, or
+            its weights or card don't fit the model; the message says which.
+        ValueError: a field does not exist in the model.
     """
     if str(path).startswith(hub.PREFIX):
         folder = hub.fetch(str(path), (_CONFIG, _WEIGHTS, model_card.FILE))
@@ -161,7 +170,7 @@ def load_pretrained(
     model = from_fields(_CLASSES[config["class"]], {**config["fields"], **fields})
     try:
         shapes = variable_shapes(model)
-    except (OverflowError, TypeError, ValueError) as error:  # widths beyond all measure
+    except (OverflowError, TypeError, ValueError) as error:  # absurdly large widths
         raise WeightsError(f"{folder / _CONFIG} describes no model: {error}.") from error
     try:
         weights = _read_weights(folder, shapes, config["sha256"])
@@ -169,7 +178,7 @@ def load_pretrained(
         again = _read_config(folder)
         if again["sha256"] == config["sha256"]:
             raise
-        return load_pretrained(path, **fields)  # it was replaced in the meantime
+        return load_pretrained(path, **fields)  # the folder was replaced in the meantime
     try:
         arrays = load_safetensors(weights)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -187,7 +196,7 @@ def load_pretrained(
 
 
 def _read_weights(folder: AnyPath, shapes: Mapping[str, tuple[int, ...]], sha256: str) -> bytes:
-    """The file that `config.json` describes."""
+    """Read the weights file whose SHA-256 sum `config.json` has."""
 
     def read(name: str) -> bytes | None:
         _check_size(folder / name, shapes)
@@ -205,9 +214,9 @@ def _read_weights(folder: AnyPath, shapes: Mapping[str, tuple[int, ...]], sha256
     except OSError as error:
         problem = WeightsError(f"{folder} has no readable {_WEIGHTS}: {error.strerror}.")
         problem.__cause__ = error
-    except WeightsError as error:  # they are larger than the model
+    except WeightsError as error:  # the file is far larger than the model
         problem = error
-    for name in (_NEXT_WEIGHTS, _WEIGHTS):  # replacing the folder was interrupted, or goes on now
+    for name in (_NEXT_WEIGHTS, _WEIGHTS):  # a save was interrupted, or is under way
         with contextlib.suppress(OSError, WeightsError):
             if (weights := read(name)) is not None:
                 return weights
@@ -215,7 +224,11 @@ def _read_weights(folder: AnyPath, shapes: Mapping[str, tuple[int, ...]], sha256
 
 
 def read_card(folder: AnyPath) -> dict[str, Any]:
-    """The card of a model folder alone; WeightsError where it can't be read."""
+    """Read only the card of a model folder.
+
+    Raises:
+        WeightsError: the folder's `config.json` can't be read.
+    """
     return _read_config(folder)["card"]
 
 
@@ -236,7 +249,7 @@ def _read_config(folder: AnyPath) -> dict[str, Any]:
             f"{folder / _CONFIG} is not a model folder's: it lacks {', '.join(sorted(missing))}."
         )
     version = config["format_version"]
-    if type(version) is not int or version != FORMAT_VERSION:  # True equals 1
+    if type(version) is not int or version != FORMAT_VERSION:  # bool is excluded: True == 1
         raise WeightsError(
             f"{folder} has format version {_shown(version)}, "
             f"but this program reads version {FORMAT_VERSION}."
@@ -255,12 +268,12 @@ def _read_config(folder: AnyPath) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> str:
-    """Something out of a file, short."""
+    """Return a value from a file as text, shortened for an error message."""
     return str(value)[:200]
 
 
 def _check_size(path: AnyPath, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuses what is far larger than the model, before it is read."""
+    """Refuse a weights file that is far larger than the model, before it is read."""
     most = 8 * sum(map(math.prod, shapes.values())) + 2**20
     ((_, size, _),) = storage.fingerprints([str(path)])
     if size > most:

@@ -1,7 +1,8 @@
-"""Between the published PyTorch names and shapes and this package's parameters.
+"""Conversion between the published PyTorch names and shapes and this package's parameters.
 
-Linear weights are `[out, in]` there and `[in, out]` here, convolutions `[out, in/groups, k, k]`
-there and `[k, k, in/groups, out]` here, and the blocks of a stage are stacked here.
+Linear weights are `[out, in]` in PyTorch and `[in, out]` here; convolution kernels are
+`[out, in/groups, k, k]` in PyTorch and `[k, k, in/groups, out]` here, where the blocks of a stage
+are also stacked.
 """
 
 import os
@@ -22,7 +23,7 @@ from vvt_jax.weights import torch_files
 from vvt_jax.weights.checks import WeightsError, check_arrays, check_finite
 from vvt_jax.weights.torch_pickle import Tensor
 
-# Published module name, ours, and the kind of its weight, in the order of the published files.
+# The published module name, our name and the kind of weight, in the order of the published files.
 _EMBEDDING = (("proj", "conv", "conv"), ("norm", "norm", "norm"))
 _BLOCK = (
     ("norm1", "norm1", "norm"),
@@ -38,7 +39,7 @@ _BLOCK = (
     ("mlp.fc2", "feed_forward/fc2", "linear"),
 )
 
-# Of the published evaluation, at which all published weights were measured.
+# Of the published evaluation, with which all published weights were evaluated.
 _PUBLISHED_PREPROCESSING = {
     "size": [224, 224],
     "crop_fraction": 0.875,
@@ -51,20 +52,20 @@ _PUBLISHED_PREPROCESSING = {
 def from_pytorch(
     state_dict: Mapping[str, np.ndarray], model: VVT, *, skip_head: bool = False
 ) -> dict[str, Any]:
-    """Parameters of `model` from tensors of the published names.
+    """Convert tensors with the published names to the parameters of a model.
 
     Args:
-        state_dict: `{name: array}` of the published names and shapes; anything that NumPy makes an
-            array of.
+        state_dict: `{name: array}` with the published names and shapes; the arrays are anything
+            that NumPy can convert.
         model: the model that the weights are for.
-        skip_head: leave the tensors of the classifier out, whatever their size; the result then has
-            a freshly initialised head (key 0), or none where `num_classes` is 0.
+        skip_head: ignore the tensors of the classifier, whatever their shape; the result then has a
+            freshly initialised head (from key 0), or no head if `num_classes` is 0.
 
     Returns:
-        `{"params": ...}`, float32.
+        The variables `{"params": ...}`, float32.
 
     Raises:
-        WeightsError: a tensor that is missing, surplus or of another shape, each named.
+        WeightsError: a tensor is missing, unexpected or of another shape; the message names it.
     """
     shapes = _parameter_shapes(model)
     given = {k: v for k, v in state_dict.items() if not (skip_head and k.startswith("head."))}
@@ -81,7 +82,7 @@ def from_pytorch(
         else:
             flat.setdefault(path, np.empty(shapes[path], np.float32))[block] = array
     if skip_head and model.num_classes:
-        # within jit the rest of the model is never made
+        # within jit, the rest of the model is never initialised
         fresh = jax.jit(lambda key: model.init(key, smallest_image())["params"]["head"])(
             jax.random.key(0)
         )
@@ -91,10 +92,17 @@ def from_pytorch(
 
 
 def to_pytorch(variables: Mapping[str, Any], model: VVT) -> dict[str, np.ndarray]:
-    """Tensors under their published names and shapes, in the order of the published files.
+    """Convert parameters to the published names and shapes, in the order of the published files.
+
+    Args:
+        variables: the variables `{"params": ...}` of the model.
+        model: the model that they are for.
+
+    Returns:
+        `{name: array}` as in a published state dict.
 
     Raises:
-        WeightsError: variables that are not those of the model.
+        WeightsError: the variables are not those of the model.
     """
     shapes = _parameter_shapes(model)
     flat = flatten_dict(variables["params"], sep="/")
@@ -109,20 +117,21 @@ def to_pytorch(variables: Mapping[str, Any], model: VVT) -> dict[str, np.ndarray
 def read_published(
     path: str | os.PathLike, name: str | None = None, **fields: Any
 ) -> tuple[VVT, dict[str, Any], dict[str, Any]]:
-    """A model, its variables and its card from a published `.pth`; `load_pretrained` calls it.
+    """Load a model, its variables and its card from a published `.pth`, for `load_pretrained`.
 
     Args:
-        path: a bare state dict, or a training checkpoint that has it as `model`.
-        name: the model that it is; None: told from the shapes.
-        **fields: what shapes don't tell, e.g. `num_heads` of other widths than the published ones.
+        path: a file with a bare state dict, or with a training checkpoint that has it as `model`.
+        name: the name of the model; None: inferred from the shapes.
+        **fields: model fields that can't be inferred from the shapes, e.g. `num_heads` for widths
+            other than the published ones.
 
     Returns:
-        As `load_pretrained`. The card has the published evaluation's preprocessing, and ImageNet's
-        class names where there are 1000 classes.
+        The same as `load_pretrained`. The card has the preprocessing of the published evaluation,
+        and ImageNet's class names if there are 1000 classes.
 
     Raises:
-        WeightsError: a file that can't be read, holds other than weights, or isn't of that model.
-        ValueError: fields that a model does not have.
+        WeightsError: the file can't be read, holds anything but weights, or is for another model.
+        ValueError: a field does not exist in the model.
     """
     content = torch_files.read_file(path)
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
@@ -138,7 +147,7 @@ def read_published(
             model = recognise(shapes, **fields)
         else:
             model = create_model(name, **{"num_classes": _classes(shapes), **fields})
-        # before anything is read: what is not the model's may be of any size
+        # before any tensor is read: a tensor that does not belong may be of any size
         check_arrays(content, published_shapes(model))
         arrays = {key: value.read() for key, value in content.items()}
         check_finite(arrays)
@@ -154,16 +163,17 @@ def read_published(
 
 
 def recognise(shapes: Mapping[str, Sequence[int]], **fields: Any) -> VVT:
-    """The model that tensors of the published names and shapes are of.
+    """Recognise the model from the published names and shapes of its tensors.
 
     Args:
-        shapes: by published name, as PyTorch has them.
-        **fields: taken as they are; `num_heads` is needed where the widths aren't the published
-            ones. What else no shape tells (locality, clamp, strides) is as published.
+        shapes: the shapes by published name, as in PyTorch.
+        **fields: model fields that override the inferred ones; `num_heads` is required if the
+            widths aren't the published ones. The other fields that can't be inferred from the
+            shapes (locality, clamp, strides) are as published.
 
     Raises:
-        WeightsError: shapes of no model, or heads that have to be given.
-        ValueError: fields that a model does not have.
+        WeightsError: the shapes are of no known model, or `num_heads` is required.
+        ValueError: a field does not exist in the model.
     """
 
     def rows(name: str, column: int = 0) -> int:
@@ -208,7 +218,7 @@ def recognise(shapes: Mapping[str, Sequence[int]], **fields: Any) -> VVT:
 
 
 def published_shapes(model: VVT) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of a model under its published name, in the published order."""
+    """Return the shape of every tensor of a model by published name, in the published order."""
     shapes = _parameter_shapes(model)
     return {
         name: _published_shape(shapes[path], kind) for name, path, _, kind in _table(model, shapes)
@@ -225,12 +235,13 @@ def _depth(shapes: Mapping[str, Sequence[int]], stage: int) -> int:
 
 
 def _table(model: VVT, shapes: Mapping[str, Any]) -> Iterator[tuple[str, str, int | None, str]]:
-    """Published name, our path, index in the stack (None where not stacked), kind of tensor."""
+    """Yield published name, our path, index in the stack (None: not stacked) and kind of tensor."""
 
     def tensors(published: str, ours: str, kind: str, block: int | None = None):
         weight = "scale" if kind == "norm" else "kernel"
         for theirs, leaf, leaf_kind in (("weight", weight, kind), ("bias", "bias", "bias")):
-            if f"{ours}/{leaf}" in shapes:  # some have no bias, the softmax ablation no gate
+            # Some layers have no bias, and the softmax ablation has no gate
+            if f"{ours}/{leaf}" in shapes:
                 yield f"{published}.{theirs}", f"{ours}/{leaf}", block, leaf_kind
 
     for i, depth in enumerate(model.depths, 1):

@@ -1,9 +1,9 @@
 """PyTorch's `.pth` files, read and written without PyTorch.
 
-Such a file is a zip of a pickle and of each tensor's bytes. A pickle is a program: unpickling runs
-whatever it names. Here nothing is unpickled. The few operations of which a checkpoint consists are
-read as data, the names in it stand for themselves, and anything else is refused, so that a file
-from a stranger can say what it likes.
+Such a file is a zip archive of a pickle and the bytes of each tensor. A pickle is a program:
+unpickling it runs any code that it names. Here, nothing is unpickled. The few operations that a
+checkpoint consists of are read as data, the names in it are never looked up, and anything else is
+refused, so that files from untrusted sources are safe to read.
 """
 
 import math
@@ -25,13 +25,13 @@ _LARGEST_PICKLE = 2**22  # bytes; a training checkpoint of vvt_large has about 2
 
 
 def read_file(path: str | os.PathLike) -> Any:
-    """What `torch.save` wrote: containers and plain values as they are, tensors as `Tensor`.
+    """Read a file that `torch.save` wrote: plain values and containers of them, and `Tensor`s.
 
-    An `argparse.Namespace` is a dict of what it holds. Nothing of the file is ever executed.
+    An `argparse.Namespace` becomes a dict of its attributes. Nothing in the file is ever executed.
 
     Raises:
-        WeightsError: the file is missing, damaged, not PyTorch's, or holds more than weights,
-            numbers and texts; one sentence says which.
+        WeightsError: the file is missing, damaged or not PyTorch's, or holds anything but weights,
+            numbers and texts; the message is one sentence.
     """
     try:
         with open_zip(path) as archive:
@@ -83,7 +83,7 @@ def _unreadable(path: Path, error: Exception) -> WeightsError:
             start = file.read(64)
     except OSError:
         start = b""
-    if start[:1] == b"\x80":  # a pickle begins so; before PyTorch 1.6, files were bare ones
+    if start[:1] == b"\x80":  # how a pickle begins; before PyTorch 1.6, files were bare pickles
         return WeightsError(
             f"{path} has PyTorch's format from before 1.6, or is another pickle: load it with "
             "torch.load(..., weights_only=True) and write it with torch.save again."
@@ -100,21 +100,21 @@ def _unreadable(path: Path, error: Exception) -> WeightsError:
 
 
 def write_file(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes a state dict of float32 tensors as `torch.save` does.
+    """Write a state dict of float32 tensors in the format of `torch.save`.
 
-    `torch.load(path, weights_only=True)` gives an OrderedDict of CPU tensors. A file that is there
-    is replaced.
+    `torch.load(path, weights_only=True)` returns an OrderedDict of CPU tensors. An existing file is
+    replaced.
 
     Args:
-        path: the file.
-        arrays: by name, of any floating dtype; stored as float32.
+        path: the file to write.
+        arrays: the arrays by name, of any floating-point dtype; they are stored as float32.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp")
     with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
 
         def add(name: str, content: bytes) -> None:
-            # torch.load maps tensors from the file, where they have to lie at multiples of 64
+            # torch.load memory-maps tensors, so they must start at multiples of 64 bytes
             entry = zipfile.ZipInfo(f"archive/{name}")
             start = archive.fp.tell() + 30 + len(entry.filename) + 4  # type: ignore[union-attr]
             padding = -start % 64
@@ -130,7 +130,7 @@ def write_file(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> Non
 
 
 def _state_dict_pickle(shapes: Mapping[str, tuple[int, ...]]) -> bytes:
-    """The program that makes an OrderedDict of contiguous tensors, in pickle protocol 2."""
+    """Return a pickle (protocol 2) that creates an OrderedDict of contiguous tensors."""
 
     def name(module: str, attribute: str) -> bytes:
         return f"c{module}\n{attribute}\n".encode()

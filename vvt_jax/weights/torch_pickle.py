@@ -1,4 +1,4 @@
-"""The pickles of .pth files, read without running them."""
+"""The pickles in .pth files, read without being executed."""
 
 import dataclasses
 import math
@@ -29,18 +29,18 @@ _ORDERED_DICT = "collections.OrderedDict"
 _NAMESPACE = "argparse.Namespace"
 _TENSOR, _PARAMETER = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"
 _KNOWN = {_ORDERED_DICT, _NAMESPACE, _TENSOR, _PARAMETER, *(f"torch.{name}" for name in _DTYPES)}
-_MOST_WORK = 2**19  # operations of a pickle, and elements that they copy; that one has 2**17
+_MOST_WORK = 2**19  # operations of a pickle plus elements that they copy; vvt_large's has 2**17
 _MOST_AXES, _LONGEST_AXIS = 8, 2**31
-_LONGEST_KEY = 64  # characters of a storage's name; PyTorch counts them
+_LONGEST_KEY = 64  # characters of a storage's key; PyTorch's keys are consecutive numbers
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor that is not read yet.
+    """A tensor whose data has not been read yet.
 
     Attributes:
-        shape: as PyTorch has it.
-        read: gives its array, with its own dtype.
+        shape: the shape as in PyTorch.
+        read: a function that reads and returns the array, in the dtype of the file.
     """
 
     shape: tuple[int, ...]
@@ -49,7 +49,7 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class _Name:
-    """A class or function, by its name alone."""
+    """The name of a class or function, which is never looked up."""
 
     name: str
 
@@ -66,7 +66,7 @@ class _Mark:
 
 
 class PickleReader:
-    """The operations of a pickle that torch.save writes, over plain values."""
+    """An interpreter of the pickle operations that torch.save writes, limited to plain values."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class PickleReader:
         try:
             for operation, argument, _ in pickletools.genops(program):
                 self._count_work(1)
-                if operation.name != "STOP":  # always the last one
+                if operation.name != "STOP":  # always the last operation
                     self._step(operation.name, argument)
             (result,) = self._stack
             return result
@@ -95,7 +95,7 @@ class PickleReader:
             raise WeightsError(f"{self._path} is damaged: its pickle makes no sense.") from error
 
     def _count_work(self, elements: int) -> None:
-        """Ends a program that repeats what is long, of which a few bytes would take hours."""
+        """Stop a program that repeats long values, since a few bytes of it could run for hours."""
         self._work += elements
         if self._work > _MOST_WORK:
             raise WeightsError(f"{self._path} is not a checkpoint: its pickle is far too long.")
@@ -149,10 +149,10 @@ class PickleReader:
             case "REDUCE" | "NEWOBJ":
                 arguments, made = stack.pop(), stack.pop()
                 stack.append(self._make(made, arguments))
-            case "BUILD":  # an OrderedDict's is the modules' versions, of no use here
+            case "BUILD":  # for an OrderedDict, it sets the modules' versions, which are not needed
                 state = stack.pop()
                 if isinstance(stack[-1], _Namespace):
-                    if not isinstance(state, dict):  # its keys are plain, see _set_items
+                    if not isinstance(state, dict):  # its keys were checked in _set_items
                         raise TypeError
                     self._count_work(len(state))
                     stack[-1].update(state)
@@ -182,7 +182,7 @@ class PickleReader:
         kind, name, key, _, length = reference
         if kind != "storage" or not isinstance(name, _Name) or not _is_count(length):
             raise ValueError
-        # Plain and short: to write out a tuple of tuples may take for ever
+        # A short string only: formatting nested tuples could take forever
         if not isinstance(key, str) or len(key) > _LONGEST_KEY:
             raise ValueError
         dtype = np.dtype(_DTYPES[name.name.removeprefix("torch.")])
@@ -215,20 +215,21 @@ class PickleReader:
     def _tensor(self, storage: Any, offset: Any, shape: Any, strides: Any) -> Tensor:
         if not isinstance(storage, _Storage) or not len(shape) == len(strides) <= _MOST_AXES:
             raise ValueError
-        # The pickle may hold these lists elsewhere, and change them after they were checked
+        # Copies: the pickle may have other references, and change the lists after the checks
         shape, strides = tuple(shape), tuple(strides)
         if not all(map(_is_count, (offset, *shape, *strides))) or max(shape, default=0) > (
             _LONGEST_AXIS
         ):
             raise ValueError
         if not math.prod(shape):
-            if math.prod(n or 1 for n in shape) > _LONGEST_AXIS:  # NumPy has no such empty array
+            # NumPy can't create such an empty array
+            if math.prod(n or 1 for n in shape) > _LONGEST_AXIS:
                 raise ValueError
             return Tensor(shape, lambda: np.empty(shape, storage.dtype))
-        # The step along an axis of one element is never taken, and can be anything
+        # The stride of an axis with one element is never used, so it may have any value
         strides = tuple(step if n > 1 else 0 for n, step in zip(shape, strides, strict=True))
         last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
-        # more elements than there are in the storage would be one of them many times over
+        # A shape with more elements than the storage would repeat some of them
         if last >= storage.length or math.prod(shape) > storage.length:
             raise WeightsError(f"{self._path} is damaged: a tensor reaches beyond its bytes.")
         return Tensor(shape, lambda: self._read(storage, offset, shape, strides))
@@ -238,11 +239,11 @@ class PickleReader:
     ) -> np.ndarray:
         try:
             with open_zip(self._path) as archive:
-                content = archive.read(storage.entry)  # compares its checksum
+                content = archive.read(storage.entry)  # also verifies the checksum
         except ZIP_ERRORS as error:
             reason = shown(str(error).rstrip(".")) or type(error).__name__
             raise WeightsError(f"{self._path} is damaged: {reason}.") from error
-        # Whatever the zip file says: as_strided would read the memory beyond the array
+        # Don't rely on the zip directory: as_strided would read memory beyond the array
         size = storage.dtype.itemsize
         if len(content) != storage.length * size:
             raise WeightsError(
@@ -252,12 +253,12 @@ class PickleReader:
         flat = np.frombuffer(content, storage.dtype.newbyteorder(self._byte_order))
         steps = [step * size for step in strides]
         view = np.lib.stride_tricks.as_strided(flat[offset:], shape, steps, writeable=False)
-        # A small part would keep all of the storage
+        # A view of a small part would keep the whole storage in memory
         return view if view.size == flat.size else np.array(view)
 
 
 class _Namespace(dict):
-    """What an `argparse.Namespace` holds."""
+    """The attributes of an `argparse.Namespace`."""
 
 
 def _pairs(pairs: Any) -> Iterator[tuple[Any, Any]]:
@@ -267,8 +268,10 @@ def _pairs(pairs: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _check_key(key: Any) -> None:
-    """Plain keys only: the hash of tuples in tuples may take for ever, and long numbers can be
-    chosen so that they all have the same one."""
+    """Refuse keys that are not plain, or are long numbers.
+
+    Hashing nested tuples could take forever, and long numbers can be chosen to have equal hashes.
+    """
     if not isinstance(key, str | int | float | None):
         raise TypeError
     if isinstance(key, int) and abs(key) >= 2**60:

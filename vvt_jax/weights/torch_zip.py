@@ -1,4 +1,4 @@
-"""The zip archives that .pth files are, opened with bounds on what is read."""
+"""Zip archives, as in .pth files, opened with limits on how much is read."""
 
 import contextlib
 import os
@@ -10,12 +10,13 @@ from typing import BinaryIO
 from vvt_jax.system import storage
 from vvt_jax.system.storage import SizeLimit
 
-_LARGEST_DIRECTORY = 2**22  # bytes of a zip's list of its files; that checkpoint's has about 2**18
-# What zipfile raises over files that are damaged, or made to confuse it
+# Bytes of a zip file's directory; in a training checkpoint of vvt_large it has about 2**18
+_LARGEST_DIRECTORY = 2**22
+# What zipfile raises for files that are damaged or malicious
 ZIP_ERRORS = (
     OSError,
     EOFError,
-    ValueError,  # among them UnicodeDecodeError, and places before the start of the file
+    ValueError,  # includes UnicodeDecodeError, and offsets before the start of the file
     OverflowError,
     LookupError,
     struct.error,
@@ -27,7 +28,7 @@ ZIP_ERRORS = (
 
 @contextlib.contextmanager
 def open_zip(path: str | os.PathLike) -> Iterator[zipfile.ZipFile]:
-    """The zip file, whose list of files is only read where it has a sensible length."""
+    """Open a zip file, whose directory is only read if its length is plausible."""
     with storage.open_file(path, SizeLimit.WEIGHTS) as file:
         directory = _BoundedReads(file, _LARGEST_DIRECTORY)
         with zipfile.ZipFile(directory) as archive:  # type: ignore[call-overload]
@@ -36,8 +37,10 @@ def open_zip(path: str | os.PathLike) -> Iterator[zipfile.ZipFile]:
 
 
 class _BoundedReads:
-    """A file that refuses to read more than `most` bytes at once, since zipfile asks for as many as
-    the file itself says."""
+    """A file that refuses to read more than `most` bytes at once.
+
+    zipfile asks for whatever number of bytes the file itself states.
+    """
 
     def __init__(self, file: BinaryIO, most: int | None):
         self._file, self.most = file, most
@@ -50,5 +53,5 @@ class _BoundedReads:
 
 
 def shown(name: str) -> str:
-    """A name out of a file, short and on one line."""
+    """Return a name from a file, shortened and on one line, for an error message."""
     return ascii(name)[1:-1][:100]

@@ -246,6 +246,13 @@ def test_a_folder_of_what_is_measured_needs_no_training_images(tmp_path):
         open_source("folder", "train", data_dir=str(tmp_path))
 
 
+def test_the_pictures_of_an_evaluation_are_no_class(tmp_path):
+    _fill(tmp_path, {"blue": 2, "red": 1, "checked/evaluation": 1})
+    (tmp_path / "checked" / "evaluation" / "metrics.json").write_text("{}")
+    source = open_source("folder", "train", data_dir=str(tmp_path))
+    assert source.class_names == ("blue", "red")
+
+
 def test_a_class_may_be_called_val(tmp_path):
     _fill(tmp_path, {"val": 2, "red": 1})
     assert open_source("folder", "train", data_dir=str(tmp_path)).class_names == ("red", "val")

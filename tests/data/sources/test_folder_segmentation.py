@@ -13,6 +13,7 @@ import pytest
 
 from vvt_jax.data import pixel_labels
 from vvt_jax.data.examples import BrokenImageError, DataError
+from vvt_jax.data.image_files import grey_scale
 from vvt_jax.data.mask_survey import survey_masks
 from vvt_jax.data.overlay import index_mask
 from vvt_jax.data.preprocess import UnfitImageError
@@ -167,6 +168,13 @@ def _grey_png(path, rows, bits):
     header = struct.pack(">IIBBBBB", len(rows[0]), len(rows), bits, 0, 0, 0, 0)
     body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+
+
+def test_masks_of_few_bits_are_prepared_with_the_numbers_that_are_stored(tmp_path):
+    _grey_png(tmp_path / "mask.png", [[0, 1, 2], [3, 1, 2]], 2)
+    with PIL.Image.open(tmp_path / "mask.png") as image:
+        scale = grey_scale(image)
+        assert (np.array(image) // scale).tolist() == [[0, 1, 2], [3, 1, 2]]
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])

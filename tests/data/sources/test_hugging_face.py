@@ -15,7 +15,7 @@ import pytest
 from tests.conftest import no_network
 from vvt_jax.data.examples import BrokenImageError, DataError
 from vvt_jax.data.loader import BrokenImages, eval_batches, train_batches
-from vvt_jax.data.sources import open_source
+from vvt_jax.data.sources import hugging_face, open_source
 
 datasets = pytest.importorskip("datasets")
 
@@ -151,6 +151,24 @@ def test_a_broken_image_is_named_and_replaced(saved):
     broken.tell(broken.take())
     assert len(said) == 1
     assert told in said[0]
+
+
+def test_splits_of_other_classes_are_refused(tmp_path):
+    """Their labels would count as those of the first split's classes."""
+    other = _made(range(3)).cast_column("kind", datasets.ClassLabel(names=["green", "red", "x"]))
+    splits = datasets.DatasetDict(train=_made(range(3)), test=other)
+    splits.save_to_disk(tmp_path / "two")
+    with pytest.raises(DataError, match="have different classes"):
+        open_source("huggingface:two", "test", data_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1/x.png", "gs://bucket/x.png"])
+def test_a_data_set_does_not_choose_what_is_fetched(address):
+    """`datasets` itself would put the image into the files that it saves."""
+    rows = [{"picture": {"bytes": None, "path": address}, "kind": 0}]
+    examples = hugging_face._HuggingFaceExamples(rows, "picture", "kind", "a set", True)
+    with no_network(), pytest.raises(BrokenImageError, match="may not choose what is fetched"):
+        examples[0]
 
 
 def test_a_missing_image_is_named(tmp_path):

@@ -1,1 +1,1 @@
-"""Data sets that are made of archives and downloads, as array_record; see `vvt_jax.prepare`."""
+"""Builders of array_record data sets from archives and downloads; see `vvt_jax.prepare`."""

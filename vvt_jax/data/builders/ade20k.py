@@ -17,7 +17,7 @@ import PIL.Image
 import tensorflow_datasets as tfds
 
 from vvt_jax.data.examples import DataError
-from vvt_jax.data.image_files import MASK_FORMATS, check_sides
+from vvt_jax.data.image_files import MASK_FORMATS, check_sides, grey_scale
 from vvt_jax.data.pixel_labels import IGNORED
 from vvt_jax.system import storage
 from vvt_jax.system.storage import SizeLimit
@@ -149,7 +149,8 @@ class Ade20k(tfds.core.GeneratorBasedBuilder):
         try:
             with PIL.Image.open(io.BytesIO(self._files.read(name)), formats=MASK_FORMATS) as image:
                 check_sides(image, told)
-                mask = np.array(image)
+                scale = grey_scale(image)
+                mask = np.array(image) // scale
         except DataError:
             raise
         except Exception as error:  # Pillow's decoders raise whatever they stumble over

@@ -1,7 +1,7 @@
-"""Where examples come from: data sets with random access, opened by name.
+"""Sources of examples: data sets with random access, opened by name.
 
-A further kind of source is one function that `open_source` calls; the loader needs nothing but
-`Source`.
+To add another kind of source, write a function that returns a `Source`, which is all that the
+loader needs, and call it in `open_source`.
 """
 
 import os
@@ -20,33 +20,39 @@ def open_source(
     upright: bool = True,
     cut: Cut | None = None,
 ) -> Source:
-    """Opens a data set that was prepared; never downloads, and uses the network for `gs://` and
-    `s3://` addresses only.
+    """Open a data set that has already been prepared.
+
+    Nothing is downloaded, and the network is used only for `gs://` and `s3://` addresses.
 
     Args:
         name: one of
             `"digits"`: scikit-learn's 8x8 digits with the splits `train` (1293 examples),
             `validation` (144) and `test` (360);
             `"tfds:NAME[/CONFIG][:VERSION]"`: a TensorFlow Datasets data set prepared as
-            array_record or TFRecord, read without TensorFlow and without the builder's code;
-            `"folder"`: image files in a sub-folder for each class, see `vvt_jax.data.image_files`;
-            `"folder_segmentation"`: images and masks of the same name, see the module's text;
-            `"huggingface:NAME[/CONFIG]"`: a data set of the package `datasets`, with one feature of
+            array_record or TFRecord, which is read without TensorFlow and the builder's code;
+            `"folder"`: image files in a sub-folder for each class, see
+            `vvt_jax.data.sources.folder` and `vvt_jax.data.image_files`;
+            `"folder_segmentation"`: images and masks of the same name, see
+            `vvt_jax.data.sources.folder_segmentation`;
+            `"huggingface:NAME[/CONFIG]"`: a data set of the package `datasets` with one feature of
             type Image and one of type ClassLabel, whatever their names.
-        split: the split's name. For all but the digits also parts of it as tfds writes them
-            (`"train[:90%]"`). A folder has `train`, of its sub-folders; or, where it has the
-            sub-folder `train`, that one and `val` or `validation`, and `test`.
-        data_dir: of tfds, where prepared data lies; None: `$TFDS_DATA_DIR`, or
-            `~/tensorflow_datasets`. Of `"folder"`, the folder. Either may be in an object store.
-            Of Hugging Face, where `save_to_disk` wrote `NAME[/CONFIG]`; None: the package's cache.
-        cache_dir: keeps where the records of TFRecord files begin; None: found anew each time.
-        upright: turn images as their EXIF orientation says; False: leave them as they are stored.
-            Masks belong to the image as it is displayed, unless they have an orientation too.
-        cut: how a part of a folder's split is chosen; None: `splits.ByHash`. The other sources cut
-            parts themselves, in the order of their examples.
+        split: the name of the split or, except for the digits, a part of it in the notation of tfds
+            (`"train[:90%]"`). A folder has the split `train`, made of its sub-folders; or, if it
+            has a sub-folder `train`, that one as well as `val` or `validation`, and `test`.
+        data_dir: for tfds, the folder of the prepared data; None means `$TFDS_DATA_DIR`, or
+            `~/tensorflow_datasets`. For `"folder"` and `"folder_segmentation"`, the folder itself.
+            The folders of tfds and `"folder"` may be in an object store. For Hugging Face, the
+            folder where `save_to_disk` wrote `NAME[/CONFIG]`; None means the package's cache.
+        cache_dir: a folder that caches the positions of the records in TFRecord files; None means
+            that the files are indexed again each time.
+        upright: whether to turn images as their EXIF orientation says, instead of leaving them as
+            they are stored. Masks belong to the image as it is displayed, unless they have an
+            orientation of their own.
+        cut: how to choose a part of a folder's split; None means `splits.ByHash`. The other sources
+            cut their parts themselves, in the order of their examples.
 
     Raises:
-        DataError: the name or split is unknown, or the data is missing, damaged, of another
+        DataError: if the name or split is unknown, or the data is missing, damaged, in another
             format, or without labelled images.
     """
     kind = name.partition(":")[0]

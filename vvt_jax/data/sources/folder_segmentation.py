@@ -27,6 +27,7 @@ from vvt_jax.data.image_files import (
     SUFFIXES,
     LeftOut,
     check_sides,
+    grey_scale,
     decode,
     list_files,
     open_image,
@@ -39,9 +40,6 @@ from vvt_jax.system import storage
 from vvt_jax.system.storage import SizeLimit
 
 CLASSES, IMAGES, MASKS = "classes.txt", "images", "masks"
-
-# Pillow spreads grey pixels of 2 and 4 bits over 0 to 255, by these factors
-_GREY_SCALES = {"L;2": 85, "L;4": 17}
 
 
 class _PairExamples:
@@ -103,7 +101,7 @@ def decode_mask(file: Any, told: str, num_classes: int, *, upright: bool = True)
                 file = stack.enter_context(open_image(file, SizeLimit.MASK))
             image = stack.enter_context(PIL.Image.open(file, formats=MASK_FORMATS))
             check_sides(image, told)
-            scale = _GREY_SCALES.get(str(image.tile[0].args) if image.tile else "", 1)
+            scale = grey_scale(image)
             mode, mask = image.mode, np.array(preprocess.turn_upright(image) if upright else image)
     except DataError:
         raise

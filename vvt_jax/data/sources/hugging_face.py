@@ -33,6 +33,10 @@ class _HuggingFaceExamples:
             raise BrokenImageError(f"{told} is missing.")
         if path := file["path"]:
             told += f" ({path})"
+        if file["bytes"] is None and "://" in str(path):
+            raise BrokenImageError(
+                f"Image {index} is at {path}, and data sets may not choose what is fetched."
+            )
         opened = path if file["bytes"] is None else io.BytesIO(file["bytes"])
         image = decode(opened, told, upright=self._upright)
         return {"image": image, "label": row[self._label]}
@@ -74,6 +78,13 @@ def open_hugging_face(
     )
     told = f"{name!r}, split {split!r}"
     names = tuple(first.features[label].names)
+    for part in parts:
+        other = tuple(found[part.splitname].features[label].names)
+        if other != names:
+            raise DataError(
+                f"The splits of {name!r} have different classes ({', '.join(names[:3])}, ... and "
+                f"{', '.join(other[:3])}, ...): cast all of them to the same ClassLabel first."
+            )
     _check_labels(rows.select_columns([label]), len(names), told)
     examples = _HuggingFaceExamples(rows, image, label, told, upright)
     return Source(examples, names, name, split)
