@@ -1,5 +1,6 @@
-"""Sources of examples (`sources`), preparation of images (`preprocess`, `augment`) and batching
-(`loader`).
+"""Sources of examples, preparation of images, and batches.
 
-Import the modules instead of names from this package, which loads nothing heavy on its own.
+The examples come from `sources`, single images are prepared by `preprocess` and `augment`, and
+`loader` makes the batches. Import these modules rather than names from the package, which loads
+nothing heavy on its own.
 """

@@ -31,7 +31,7 @@ _START, _END = _Bound(0, True), _Bound(100, True)
 
 
 def split_name(split: str) -> str:
-    """Return the name, such as `train` or `validation`, of the split in `split`, or in a part of it.
+    """Return the name of a split without the bounds of a part, such as `train` or `validation`.
 
     Raises:
         DataError: if the notation is invalid.

@@ -1,8 +1,8 @@
 """ADE20K's 150 classes for scene parsing (ADEChallengeData2016), as a tfds builder.
 
-tfds's own `scene_parse150` holds other annotations (instances). The archive's masks count from 1,
-0 being none of the classes: here classes count from 0 and none of them is 255, which is ignored.
-It needs no TensorFlow.
+tfds's own `scene_parse150` has other annotations (instances). In the archive's masks, classes are
+numbered from 1, and 0 means none of them. Here they are numbered from 0, and 255, which is ignored,
+means none of them. The builder does not need TensorFlow.
 """
 
 import io
@@ -25,16 +25,16 @@ from vvt_jax.system.storage import SizeLimit
 NAME = "ade20k"
 URL = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
 _ROOT = "ADEChallengeData2016"
-# What zipfile and zlib raise over a file that is damaged
+# The errors that zipfile and zlib raise for a damaged file
 _ZIP_ERRORS = (zipfile.BadZipFile, EOFError, ValueError, RuntimeError, zlib.error)
-_NAMES = "objectInfo150.txt"  # a heading, then index, ratio, train, val and name, parted by tabs
+_NAMES = "objectInfo150.txt"  # a header, then tab-separated index, ratio, train, val, name
 
 
 class Files:
-    """The files of the archive, or of its folder, by their names inside it.
+    """The files of the archive, or of the folder extracted from it, by their names inside it.
 
     Raises:
-        DataError: neither is there.
+        DataError: if neither exists, or the archive can't be read.
     """
 
     def __init__(self, place: Path):
@@ -48,7 +48,7 @@ class Files:
                     "where it lies with --manual_dir."
                 )
             try:
-                storage.open_file(archive, None).close()  # zipfile would wait for a pipe
+                storage.open_file(archive, None).close()  # zipfile would wait forever for a pipe
                 self._archive = zipfile.ZipFile(archive)
             except OSError as error:
                 raise DataError(f"{archive} can't be read: {error.strerror}.") from error
@@ -57,12 +57,12 @@ class Files:
         self.told = str(archive if self._archive else self._folder)
 
     def read(self, name: str) -> bytes:
-        """The content of a file, such as `images/training/ADE_train_00000001.jpg`."""
+        """Read the content of a file, such as `images/training/ADE_train_00000001.jpg`."""
         try:
             if self._archive:
                 entry = self._archive.getinfo(f"{_ROOT}/{name}")
                 with self._archive.open(entry) as file:
-                    content = file.read(SizeLimit.IMAGE + 1)  # it may unpack to more than it says
+                    content = file.read(SizeLimit.IMAGE + 1)  # its stated size may be wrong
                 if len(content) > SizeLimit.IMAGE:
                     raise DataError(f"{name} in {self.told} is far too large.")
                 return content
@@ -71,7 +71,7 @@ class Files:
             raise DataError(f"{self.told} has no readable {name}.") from error
 
     def stems(self, folder: str, suffix: str) -> list[str]:
-        """The names of the files with that suffix, without it, sorted."""
+        """Return the sorted names, without suffix, of the files that have that suffix."""
         if self._archive:
             paths = [PurePosixPath(name) for name in self._archive.namelist()]
             found = [p for p in paths if p.parent == PurePosixPath(_ROOT) / folder]
@@ -81,8 +81,10 @@ class Files:
 
 
 def class_names(files: Files) -> list[str]:
-    """The first word for each of the classes, in the order of their numbers; of two classes that
-    share it, the second has the next ones too."""
+    """Return the first word for each of the classes, in the order of their numbers.
+
+    If two classes share their first word, the second one's name includes its other words too.
+    """
     try:
         lines = files.read(_NAMES).decode().splitlines()
     except UnicodeDecodeError as error:
@@ -105,7 +107,7 @@ class Ade20k(tfds.core.GeneratorBasedBuilder):
     name = NAME
 
     def __init__(self, *, manual_dir: Path, **options: Any):
-        """`manual_dir` holds ADEChallengeData2016.zip or its folder; or is one of them."""
+        """Read from `manual_dir`: ADEChallengeData2016.zip, its folder, or a folder of either."""
         self._files = Files(manual_dir)
         self._names = class_names(self._files)
         super().__init__(**options)
@@ -144,7 +146,7 @@ class Ade20k(tfds.core.GeneratorBasedBuilder):
             yield index, {"image": image, "segmentation": mask, "file_name": f"{stem}.jpg"}
 
     def _reduced(self, name: str) -> io.BytesIO:
-        """A mask with classes from 0 on and `IGNORED` for none of them."""
+        """Return a mask in which classes are numbered from 0 and `IGNORED` means none of them."""
         told = f"{name} in {self._files.told}"
         try:
             with PIL.Image.open(io.BytesIO(self._files.read(name)), formats=MASK_FORMATS) as image:
@@ -153,7 +155,7 @@ class Ade20k(tfds.core.GeneratorBasedBuilder):
                 mask = np.array(image) // scale
         except DataError:
             raise
-        except Exception as error:  # Pillow's decoders raise whatever they stumble over
+        except Exception as error:  # Pillow's decoders raise errors of any kind
             raise DataError(f"{told} can't be decoded as a PNG file.") from error
         if mask.ndim != 2 or mask.max(initial=0) > len(self._names):
             raise DataError(f"{told} is not a mask of these classes.")

@@ -1,7 +1,7 @@
-"""Fashion-MNIST from its four original files, as a tfds builder that needs no TensorFlow.
+"""Fashion-MNIST from its four original files, as a tfds builder that does not need TensorFlow.
 
-tfds's own builder downloads them from elsewhere and knows other checksums than those of the
-packaged files.
+tfds's own builder downloads the files from elsewhere and expects checksums that differ from those
+of the packaged files.
 """
 
 import gzip
@@ -21,7 +21,7 @@ from vvt_jax.system import storage
 from vvt_jax.system.storage import SizeLimit
 
 _LARGEST = 2**26  # bytes of an unpacked file; the largest has 47,040,016
-# Where Debian's package dataset-fashion-mnist puts them.
+# The folder in which Debian's package dataset-fashion-mnist installs the files.
 PACKAGED = Path("/usr/share/datasets/fashion-mnist")
 CLASS_NAMES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
@@ -34,19 +34,19 @@ FILES = {
 
 
 def read_idx(folder: Path, name: str) -> np.ndarray:
-    """The uint8 array of an idx file, `NAME.gz` or `NAME` in the folder.
+    """Read the uint8 array of an idx file, `NAME.gz` or `NAME` in the folder.
 
-    The format: two zero bytes, 8 for uint8, the number of dimensions, each dimension as 32 bits
-    big-endian, the elements.
+    The format consists of two zero bytes, an 8 for uint8, the number of dimensions, each dimension
+    as a 32-bit big-endian number, and the elements.
 
     Raises:
-        DataError: it is missing, damaged, or no such file.
+        DataError: if the file is missing, damaged, or not an idx file of uint8.
     """
     try:
         try:
             packed = storage.open_file(folder / f"{name}.gz", SizeLimit.ARRAYS)
             with packed, gzip.open(packed) as file:
-                content = file.read(_LARGEST)  # a short file may unpack to any length
+                content = file.read(_LARGEST)  # even a short file may unpack to any length
         except FileNotFoundError:
             content = storage.read_bytes(folder / name, SizeLimit.ARRAYS)
     except FileNotFoundError as error:
@@ -69,7 +69,7 @@ def read_idx(folder: Path, name: str) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape.astype(int))
 
 
-with registered.skip_registration():  # the name is taken by tfds's own
+with registered.skip_registration():  # tfds has its own builder of this name
 
     class FashionMnist(tfds.core.GeneratorBasedBuilder):
         """60,000 and 10,000 images of clothes, 28x28, in ten classes (arXiv 1708.07747)."""
@@ -78,7 +78,7 @@ with registered.skip_registration():  # the name is taken by tfds's own
         name = "fashion_mnist"
 
         def __init__(self, *, manual_dir: Path = PACKAGED, **options: Any):
-            """`manual_dir` holds the four files, packed with gzip or not."""
+            """Read the four files, compressed with gzip or not, from `manual_dir`."""
             self._folder = manual_dir
             super().__init__(**options)
 
@@ -109,7 +109,7 @@ with registered.skip_registration():  # the name is taken by tfds's own
                     f"{list(images.shape)}, labels {list(labels.shape)}."
                 )
             for index, (image, label) in enumerate(zip(images, labels, strict=True)):
-                file = io.BytesIO()  # encoded here: tfds would take TensorFlow to do it
+                file = io.BytesIO()  # encode it here, because tfds would need TensorFlow for it
                 PIL.Image.fromarray(image).save(file, "PNG")
                 file.seek(0)
                 yield index, {"image": file, "label": int(label)}

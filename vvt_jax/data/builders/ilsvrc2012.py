@@ -1,7 +1,8 @@
 """ImageNet's original archives, read in place: ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar.
 
-The features are those of tfds's imagenet2012, whose own builder needs TensorFlow. It also turns
-one PNG and 22 CMYK files into RGB JPEG, which here stay as they are: Pillow reads them.
+The features are those of tfds's imagenet2012, whose own builder needs TensorFlow. That builder also
+converts one PNG and 22 CMYK files to RGB JPEG. Here they stay unchanged, because Pillow can read
+them.
 """
 
 import dataclasses
@@ -25,16 +26,16 @@ _VALIDATION_LABELS = "datasets/imagenet2012/validation_labels.txt"  # of the fil
 
 @dataclasses.dataclass(frozen=True)
 class _Member:
-    """A file inside an archive, or inside an archive that is inside it."""
+    """A file inside an archive, or inside an archive nested in it."""
 
     name: str
-    start: int  # byte of the outer archive
+    start: int  # offset in bytes in the outer archive
     size: int
     label: str
 
 
 class Images:
-    """Random access to the examples of an archive, as `features()` takes them."""
+    """Random access to the examples of an archive, in the form that `features()` encodes."""
 
     def __init__(self, archive: Path, members: list[_Member]):
         self._archive, self._members = archive, members
@@ -57,7 +58,7 @@ class Images:
 
 
 def features() -> tfds.features.FeaturesDict:
-    """tfds's features of imagenet2012."""
+    """Return the features of tfds's imagenet2012."""
     return tfds.features.FeaturesDict(
         {
             "image": tfds.features.Image(encoding_format="jpeg"),
@@ -68,10 +69,10 @@ def features() -> tfds.features.FeaturesDict:
 
 
 def open_archives(folder: Path) -> dict[str, Images]:
-    """The splits whose archive is in the folder, indexed by reading the files' headers.
+    """Open the splits whose archives are in the folder, indexing them by their files' headers.
 
     Raises:
-        DataError: none is there, or one is damaged or of another layout.
+        DataError: if there is no archive, or one is damaged or has a different layout.
     """
     splits = {}
     if (folder / _TRAIN).exists():
@@ -112,7 +113,7 @@ def _index_validation(path: Path) -> list[_Member]:
 
 
 def _members(path: Path, inside: _Member | None = None) -> list[_Member]:
-    """The files of an archive, sorted by name, or of one that is a member of it."""
+    """Return the files of an archive, or of one that is a member of it, sorted by name."""
     try:
         with storage.open_file(path, None) as file:
             whole = file if inside is None else _Window(file, inside.start, inside.size)
@@ -129,7 +130,7 @@ def _members(path: Path, inside: _Member | None = None) -> list[_Member]:
 
 
 class _Window:
-    """A part of a file, as a file that can only be read."""
+    """A part of a file, presented as a read-only file."""
 
     def __init__(self, file: Any, start: int, size: int):
         self._file, self._start, self._size, self._at = file, start, size, 0

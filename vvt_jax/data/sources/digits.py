@@ -1,4 +1,4 @@
-"""scikit-learn's 8x8 digits, the data that the package needs no download for."""
+"""scikit-learn's 8x8 digits, which need no download."""
 
 import functools
 from typing import Any
@@ -9,7 +9,7 @@ from vvt_jax.data.examples import DataError, Source
 
 
 def open_digits(name: str, split: str) -> Source:
-    """A split of the digits; see `sources.open_source`."""
+    """Open a split of the digits; see `sources.open_source`."""
     splits = _digits_splits()
     if split not in splits:
         raise DataError(f"'digits' has no split {split!r}: it has {', '.join(splits)}.")
@@ -17,7 +17,7 @@ def open_digits(name: str, split: str) -> Source:
 
 
 class _ArrayExamples:
-    """Examples held in memory: `images` `[examples, height, width, channels]`, `labels`."""
+    """Examples in memory: `images` `[examples, height, width, channels]`, `labels` `[examples]`."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray):
         self._images = images

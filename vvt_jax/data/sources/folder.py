@@ -1,4 +1,4 @@
-"""Images in folders: a sub-folder for each class, with any folders below it."""
+"""Images in folders, with a sub-folder for each class, which may have sub-folders of its own."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -23,18 +23,18 @@ _NAMES = {"train": ("train",), "validation": ("validation", "val"), "test": ("te
 
 
 class _FolderExamples:
-    """Files, decoded when they are asked for."""
+    """Image files that are decoded on access."""
 
     def __init__(self, files: Sequence[tuple[str, int]], upright: bool):
         self._upright = upright
-        self._paths = np.array([path for path, _ in files])  # quick to hand to worker processes
+        self._paths = np.array([path for path, _ in files])  # fast to pass to worker processes
         self._labels = np.array([label for _, label in files], np.int32)
 
     def __len__(self) -> int:
         return len(self._labels)
 
     def describe(self, index: int) -> str:
-        """The image's file."""
+        """Return the path of the image's file."""
         return str(self._paths[index])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -44,10 +44,10 @@ class _FolderExamples:
 
 
 def open_folder(split: str, data_dir: str | None, cut: Cut, *, upright: bool = True) -> Source:
-    """A split of a folder; see `sources.open_source`.
+    """Open a split of a folder; see `sources.open_source`.
 
-    Classes are the names of the sub-folders that have images, sorted; those of `train` where there
-    are several splits.
+    The classes are the sorted names of the sub-folders that contain images. If there are several
+    splits, they are the sub-folders of `train`.
     """
     if not data_dir:
         raise DataError("The source 'folder' needs config.data.data_dir, the folder of the images.")
@@ -87,19 +87,20 @@ def open_folder(split: str, data_dir: str | None, cut: Cut, *, upright: bool = T
 
 
 def names_in(root: AnyPath, paths: Sequence[str]) -> list[str]:
-    """What files are called in a source's folder, wherever that lies."""
+    """Return paths relative to a source's folder, so they don't depend on where that is."""
     return [path.removeprefix(f"{root}/") for path in paths]
 
 
 def split_folders(root: AnyPath, left_out: LeftOut | None = None) -> dict[str, AnyPath]:
-    """The folder of each split; the root itself is `train` where its sub-folders are classes.
+    """Return the folder of each split; if the sub-folders of the root are classes, it is `train`.
 
-    A sub-folder called `train` is the training split if it is divided into classes, and a class
-    like the others if the images lie in it directly. Without it, sub-folders are splits to measure
-    if all of them are called so and are divided into classes.
+    A sub-folder named `train` is the training split, unless there are also class folders next to it
+    and it contains images directly: then it is a class like the others. Without `train`, the
+    sub-folders are splits to evaluate if all of them have the names of splits and are divided into
+    classes.
 
     Raises:
-        DataError: both could be meant.
+        DataError: if it is ambiguous whether `train` is a split or a class.
     """
     left_out = LeftOut() if left_out is None else left_out
     subs = _sub_folders(root, left_out)
@@ -123,7 +124,7 @@ def split_folders(root: AnyPath, left_out: LeftOut | None = None) -> dict[str, A
 
 
 def named_splits(root: AnyPath) -> dict[str, AnyPath]:
-    """The sub-folders that are called as splits are; the root is `train` if none is called so."""
+    """Return the sub-folders with names of splits, or, if there are none, the root as `train`."""
     subs = _sub_folders(root)
     return {
         split: root / folder
@@ -134,17 +135,17 @@ def named_splits(root: AnyPath) -> dict[str, AnyPath]:
 
 
 def _is_divided(folder: AnyPath) -> bool:
-    """Whether a folder has images in sub-folders, and none beside them."""
+    """Return whether a folder has images in its sub-folders, and none directly in it."""
     return _has_images(folder) and not _has_images(folder, deep=False)
 
 
 def _is_class(name: str, places: Iterable[AnyPath]) -> bool:
-    """Whether a sub-folder of that name has images in one of the splits."""
+    """Return whether a sub-folder of that name contains images in one of the splits."""
     return any(storage.is_folder(place / name) and _has_images(place / name) for place in places)
 
 
 def _has_images(folder: AnyPath, *, deep: bool = True) -> bool:
-    """Whether there is an image in a folder or, with `deep`, anywhere below it."""
+    """Return whether there is an image in a folder or, with `deep`, anywhere below it."""
     if deep:
         return next(iter(_listed(folder, LeftOut())), None) is not None
     return any(name.lower().endswith(SUFFIXES) and not is_junk(name) for name in _names(folder)[1])
@@ -177,7 +178,7 @@ def _sub_folders(folder: AnyPath, left_out: LeftOut | None = None) -> list[str]:
 
 
 def _images_by_class(place: AnyPath, left_out: LeftOut) -> dict[str, list[str]]:
-    """The paths of the images in each sub-folder, in their order."""
+    """Return the paths of the images in each sub-folder, in order."""
     _, files = _names(place)
     if stray := [name for name in files if name.lower().endswith(SUFFIXES) and not is_junk(name)]:
         left_out.others.append(f"Left out of {place}: {len(stray)} images in no class folder.")

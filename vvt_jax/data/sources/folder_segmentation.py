@@ -1,13 +1,14 @@
-"""Images in a folder and, in another one, a mask of the same name for each.
+"""Images in one folder, and a mask of the same name for each image in another.
 
-A split is a folder with `images/` (see `image_files.FORMATS`) and `masks/` (PNG with one grey
-channel or a palette, as VOC's: each pixel is the number of its class as it is stored, whatever the
-number of bits; 255 is ignored). Both may have sub-folders, of the same names. `classes.txt`, in the
-source's folder, has the name of each class on a line, from number 0 on, without blank lines.
+A split is a folder with `images/` (see `image_files.FORMATS`) and `masks/`. Masks are PNG files
+with one grey channel or a palette, like VOC's. The stored value of each pixel is the number of its
+class, whatever the number of bits, and 255 is ignored. Both folders may have sub-folders of the
+same names. `classes.txt`, in the source's folder, contains the name of each class on a line of its
+own, starting with class 0, without blank lines.
 
-A mask belongs to its image as it is displayed: cameras store a photo lying on its side together
-with an EXIF orientation, and it is labelled upright. A mask that has an orientation of its own is
-turned by that one.
+A mask belongs to its image as it is displayed: cameras may store a photo on its side, together with
+an EXIF orientation, but it is labelled upright. A mask that has an orientation of its own is turned
+accordingly.
 """
 
 import contextlib
@@ -43,10 +44,10 @@ CLASSES, IMAGES, MASKS = "classes.txt", "images", "masks"
 
 
 class _PairExamples:
-    """Pairs of files, decoded when they are asked for."""
+    """Pairs of image and mask files that are decoded on access."""
 
     def __init__(self, pairs: list[tuple[str, str]], num_classes: int, upright: bool):
-        self._paths = np.array(pairs).reshape(-1, 2)  # quick to hand to worker processes
+        self._paths = np.array(pairs).reshape(-1, 2)  # fast to pass to worker processes
         self._num_classes = num_classes
         self._upright = upright
 
@@ -54,7 +55,7 @@ class _PairExamples:
         return len(self._paths)
 
     def describe(self, index: int) -> str:
-        """The image's file."""
+        """Return the path of the image's file."""
         return str(self._paths[index][0])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -69,7 +70,7 @@ class _PairExamples:
         return {"image": image, "label": mask}
 
     def mask(self, index: int) -> np.ndarray:
-        """The mask alone, uint8 `[height, width]`."""
+        """Return only the mask of an example, uint8 `[height, width]`."""
         path = str(self._paths[index][1])
         return decode_mask(path, path, self._num_classes, upright=self._upright)
 
@@ -84,16 +85,17 @@ class _PairExamples:
 
 
 def decode_mask(file: Any, told: str, num_classes: int, *, upright: bool = True) -> np.ndarray:
-    """The class numbers in a PNG file, uint8 `[height, width]`.
+    """Decode the class numbers in a PNG file, uint8 `[height, width]`.
 
     Args:
         file: a path or an open file.
-        told: how to name it.
-        num_classes: numbers from there on are refused, but for `IGNORED`.
-        upright: turn it as its own EXIF orientation says, if it has one.
+        told: what to call the mask in error messages.
+        num_classes: the number of classes. All class numbers must be smaller, except `IGNORED`.
+        upright: whether to turn the mask as its own EXIF orientation says, if it has one.
 
     Raises:
-        BrokenImageError: it can't be decoded, has several channels or numbers that are no class.
+        BrokenImageError: if the mask can't be decoded, has several channels, or contains numbers
+            that are not classes.
     """
     try:
         with contextlib.ExitStack() as stack:
@@ -105,7 +107,7 @@ def decode_mask(file: Any, told: str, num_classes: int, *, upright: bool = True)
             mode, mask = image.mode, np.array(preprocess.turn_upright(image) if upright else image)
     except DataError:
         raise
-    except Exception as error:  # Pillow's decoders raise whatever they stumble over
+    except Exception as error:  # Pillow's decoders raise errors of any kind
         reason = why_broken(error, MASK_FORMATS)
         raise BrokenImageError(f"{told} can't be decoded: {reason}.") from error
     if mode not in ("L", "P", "1"):
@@ -123,7 +125,7 @@ def decode_mask(file: Any, told: str, num_classes: int, *, upright: bool = True)
 def open_folder_segmentation(
     split: str, data_dir: str | None, cut: Cut, *, upright: bool = True
 ) -> Source:
-    """A split of a folder; see `sources.open_source`."""
+    """Open a split of a folder; see `sources.open_source`."""
     if not data_dir:
         raise DataError(
             "The source 'folder_segmentation' needs config.data.data_dir, the folder of "
@@ -133,7 +135,7 @@ def open_folder_segmentation(
         raise DataError(f"{data_dir} can't be read: images with masks lie in a folder here.")
     root = Path(data_dir).expanduser()
     name = split_name(split)
-    # Nothing but `images` and `masks` is a class here, so that `train` can only be a split
+    # Sub-folders are not classes here, so `train` can only be a split
     places = {"train": root} if (root / IMAGES).is_dir() else folder.named_splits(root)
     if name not in places:
         raise DataError(f"{root} has no split {name!r}: it has {', '.join(places)}.")

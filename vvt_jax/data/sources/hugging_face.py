@@ -1,4 +1,4 @@
-"""Hugging Face data sets that are on this machine, read with the package `datasets`."""
+"""Hugging Face data sets on this machine, read with the package `datasets`."""
 
 import contextlib
 import io
@@ -14,7 +14,7 @@ from vvt_jax.data.image_files import decode
 
 
 class _HuggingFaceExamples:
-    """Rows of memory-mapped Arrow files; images are decoded here, as those of other sources."""
+    """Rows of memory-mapped Arrow files, whose images are decoded here, as in other sources."""
 
     def __init__(self, rows: Any, image: str, label: str, told: str, upright: bool):
         self._rows = rows
@@ -45,7 +45,7 @@ class _HuggingFaceExamples:
 def open_hugging_face(
     name: str, split: str, data_dir: str | None, *, upright: bool = True
 ) -> Source:
-    """A split of a data set of the package `datasets`; see `sources.open_source`."""
+    """Open a split of a data set of the package `datasets`; see `sources.open_source`."""
     try:
         import datasets
     except ImportError as error:
@@ -66,7 +66,7 @@ def open_hugging_face(
             f"{name!r} has no split {split!r}: it has {', '.join(found)}, and parts of them like "
             "'train[:90%]'."
         ) from error
-    # Undecoded: the package's own decoding would end the run at a broken image
+    # Leave images encoded: if the package decoded them, a broken one would end the run
     rows = datasets.concatenate_datasets(
         [
             found[part.splitname]
@@ -91,7 +91,13 @@ def open_hugging_face(
 
 
 def _check_labels(rows: Any, num_classes: int, told: str) -> None:
-    """Refuses labels that are missing (None or -1, as in unlabelled test splits) or no class."""
+    """Check that every example has a label, and that it is a class.
+
+    Missing labels are None or -1, as in unlabelled test splits.
+
+    Raises:
+        DataError: if a label is missing or out of range.
+    """
     if not len(rows):
         return
     column = rows.with_format("arrow")[:].column(0)
@@ -110,7 +116,11 @@ def _check_labels(rows: Any, num_classes: int, told: str) -> None:
 
 
 def _only(name: str, features: Any, kind: type) -> str:
-    """The name of the one feature of that type."""
+    """Return the name of the only feature of that type.
+
+    Raises:
+        DataError: if there is no such feature, or more than one.
+    """
     found = [key for key, feature in features.items() if isinstance(feature, kind)]
     if len(found) == 1:
         return found[0]
@@ -127,7 +137,7 @@ def _only(name: str, features: Any, kind: type) -> str:
 
 
 def _open(name: str, data_dir: str | None) -> dict[str, Any]:
-    """The data set's splits by name."""
+    """Open the splits of a data set, by name."""
     import datasets
 
     short = name.partition(":")[2]
@@ -141,14 +151,14 @@ def _open(name: str, data_dir: str | None) -> dict[str, Any]:
         try:
             with _quiet_and_offline():
                 found = datasets.load_from_disk(folder)
-        except Exception as error:  # pyarrow and json raise what they stumble over
+        except Exception as error:  # pyarrow and json raise errors of many kinds
             raise DataError(
                 f"{folder} can't be opened as a data set that save_to_disk wrote: {_reason(error)}."
             ) from error
         if isinstance(found, datasets.Dataset):
             return {str(found.split or "train"): found}
         return dict(found)
-    # NAME is "name" or "owner/name"; a part more is the config.
+    # NAME is "name" or "owner/name", and a further part is the config.
     words = short.split("/")
     tries: list[tuple[str, str | None]] = [(short, None)] if len(words) <= 2 else []
     if len(words) > 1:
@@ -156,12 +166,12 @@ def _open(name: str, data_dir: str | None) -> dict[str, Any]:
     configs = ""
     for path, config in tries:
         if not path or Path(path).exists():
-            continue  # `datasets` would take a folder of that name in the current one
+            continue  # `datasets` would open a folder of that name in the working folder
         try:
             with _quiet_and_offline():
                 return dict(datasets.load_dataset(path, config))
-        except Exception as error:  # it raises what its cache brings about
-            if "config" in (said := " ".join(str(error).split())):  # which ones there are
+        except Exception as error:  # of any kind, depending on what is in the cache
+            if "config" in (said := " ".join(str(error).split())):  # it lists the known ones
                 configs = f" ({said.rstrip('.')})"
     raise DataError(
         f"{name!r} was not found in {datasets.config.HF_DATASETS_CACHE}{configs}: fetch it with "
@@ -172,7 +182,7 @@ def _open(name: str, data_dir: str | None) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _quiet_and_offline() -> Iterator[None]:
-    """`datasets` asks no server and doesn't warn that it couldn't."""
+    """Keep `datasets` from contacting a server, and from warning that it couldn't."""
     import datasets
 
     before = datasets.config.HF_HUB_OFFLINE, datasets.logging.get_verbosity()

@@ -1,12 +1,12 @@
-"""ImageNet's other validation sets, as tfds prepares them: V2, ReaL, A, R and the corruptions.
+"""ImageNet's additional evaluation sets, as tfds prepares them: V2, ReaL, A, R and the corruptions.
 
-A model of ImageNet's classes is measured on them as it is. Their examples carry, in place of a
-label, what a set says of each class that the model knows:
+A model with ImageNet's classes is evaluated on them unchanged. In place of a single label, their
+examples have a verdict on each of the model's classes:
 
-    `label`: int8 `[num_classes]`, 1 where the class is right (ReaL has several, or none), 0 where
-    it is wrong, -1 where it can't be chosen (A and R have 200 classes).
+    `label`: int8 `[num_classes]`, which is 1 for a correct class (ReaL may have several or none), 0
+    for a wrong class, and -1 for a class that can't be chosen (A and R have 200 classes).
 
-Classes are found by their names, so that the order of the model's or the set's is free.
+Classes are matched by name, so they may be in any order in the model and in the set.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ from vvt_jax.system.storage import AnyPath
 
 CORRUPTED = "imagenet2012_corrupted"
 SEVERITIES = (1, 2, 3, 4, 5)
-# Top-1 error of AlexNet on each corruption of ImageNet-C, the mean over its severities: Hendrycks
-# and Dietterich, arXiv 1903.12261; in full digits as in github.com/hendrycks/robustness.
+# Top-1 error of AlexNet on each corruption of ImageNet-C, averaged over its severities (Hendrycks
+# and Dietterich, arXiv 1903.12261), with all digits, from github.com/hendrycks/robustness.
 ALEXNET_ERRORS = {
     "gaussian_noise": 0.886428,
     "shot_noise": 0.894468,
@@ -41,18 +41,18 @@ ALEXNET_ERRORS = {
     "pixelate": 0.717840,
     "jpeg_compression": 0.606500,
 }
-_SUBSETS = {"imagenet_a": "a", "imagenet_r": "r"}  # their labels are numbered as the 1000 are
-_VALIDATION = ("imagenet2012_real", CORRUPTED)  # have this split; the others have "test"
+_SUBSETS = {"imagenet_a": "a", "imagenet_r": "r"}  # their labels are numbers among the 1000
+_VALIDATION = ("imagenet2012_real", CORRUPTED)  # sets with this split; the others have "test"
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationSet:
-    """A set to measure a model on.
+    """A set on which to evaluate a model.
 
     Attributes:
-        name: as tfds writes it.
-        source: its examples, labelled as this module says.
-        cropped: the images are centre crops already and have to be taken whole.
+        name: the name of the set in tfds.
+        source: the examples, with labels as described for this module.
+        cropped: whether the images are already centre crops and must not be cropped again.
     """
 
     name: str
@@ -69,20 +69,22 @@ def open_sets(
     cache_dir: AnyPath | None = None,
     upright: bool = True,
 ) -> list[EvaluationSet]:
-    """Opens sets by tfds's names; of `imagenet2012_corrupted` all 15 corruptions by 5 severities.
+    """Open evaluation sets by their names in tfds.
+
+    `imagenet2012_corrupted` stands for all 15 corruptions at all 5 severities.
 
     Args:
         names: `"imagenet_v2"` (`"imagenet_v2/topimages"`, ...), `"imagenet2012_real"`,
-            `"imagenet_a"`, `"imagenet_r"`, `"imagenet2012_corrupted"` (or one of it, such as
-            `"imagenet2012_corrupted/fog_3"`), or any other that has the features `image` and
-            `label` and a split `test`, such as `"imagenet_sketch"`. Where a set has a part of the
+            `"imagenet_a"`, `"imagenet_r"`, `"imagenet2012_corrupted"` (or one of its sets, such as
+            `"imagenet2012_corrupted/fog_3"`), or any other set with the features `image` and
+            `label` and a split `test`, such as `"imagenet_sketch"`. If a set has only some of the
             model's classes, the model chooses among these.
-        class_names: the model's classes, WordNet numbers or the words for them.
-        num_classes: the model's outputs, as many or more.
+        class_names: the model's classes, as WordNet numbers or as words.
+        num_classes: the number of the model's outputs, at least the number of class names.
         data_dir, cache_dir, upright: as for `sources.open_source`.
 
     Raises:
-        DataError: a set is missing, or has classes that the model doesn't know.
+        DataError: if a set is missing, or has classes that the model doesn't know.
     """
     corruptions = [part for kind in ALEXNET_ERRORS for part in _corrupted(kind)]
     parts = [part for name in names for part in (corruptions if name == CORRUPTED else [name])]
@@ -131,10 +133,14 @@ def _open(
 
 
 class _Verdicts:
-    """Examples whose label says of each of the model's classes what it is."""
+    """Examples whose label is a verdict on each of the model's classes."""
 
     def __init__(self, source: Source, classes: np.ndarray, unlabelled: np.ndarray):
-        """`classes`: the model's, of each of the source's, or -1; `unlabelled`: 0 and -1."""
+        """Take the examples of `source`.
+
+        `classes` maps each of the source's classes to a class of the model, or to -1. `unlabelled`
+        is the verdict before the correct classes are set: 0 or, for excluded classes, -1.
+        """
         self._examples: Examples = source.examples
         self._told = f"{source.name!r}, split {source.split!r}"
         self._classes = classes
@@ -157,13 +163,15 @@ class _Verdicts:
 
 
 def corruption_errors(errors: Mapping[str, Sequence[float]]) -> tuple[dict[str, float], float]:
-    """The corruption error of each corruption, and their mean (mCE).
+    """Compute the corruption error of each corruption, and their mean (mCE).
 
-    A model's corruption error is the sum of its top-1 errors over the severities, divided by that
-    of AlexNet's: 1 is as good as AlexNet. (Hendrycks and Dietterich, arXiv 1903.12261, section 4.)
+    The corruption error is the sum of a model's top-1 errors over the severities, divided by the
+    same sum for AlexNet, so 1 is as good as AlexNet. (Hendrycks and Dietterich, arXiv 1903.12261,
+    section 4.)
 
     Args:
-        errors: fractions, of every corruption in `ALEXNET_ERRORS` one for each severity.
+        errors: the top-1 errors, as fractions, of every corruption in `ALEXNET_ERRORS`, one for
+            each severity.
     """
     relative = {
         kind: float(np.mean(errors[kind])) / alexnet for kind, alexnet in ALEXNET_ERRORS.items()
@@ -174,15 +182,17 @@ def corruption_errors(errors: Mapping[str, Sequence[float]]) -> tuple[dict[str, 
 def sum_up_corruptions(
     measured: Mapping[str, Mapping[str, float]],
 ) -> tuple[dict[str, Mapping[str, float]], dict[str, list[float]], dict[str, float]]:
-    """Puts the measurements on all corruptions together.
+    """Combine the measurements on all corruptions.
 
     Args:
-        measured: of each set's name `loss`, `top1`, `top5` and `examples`.
+        measured: `loss`, `top1`, `top5` and `examples` by the name of each set.
 
     Returns:
-        The same with one entry `imagenet2012_corrupted` for its sets, the means over them, all of
-        the examples, `ce_KIND` of each kind of corruption, and `mce`; each kind's top-1 errors by
-        severity; each kind's corruption error. Where the sets are not all there, the same alone.
+        Three mappings. The first is `measured` with all corruptions combined into one entry
+        `imagenet2012_corrupted`, which has the means over the sets, the total number of examples,
+        `ce_KIND` for each kind of corruption, and `mce`. The second has each kind's top-1 errors by
+        severity, and the third each kind's corruption error. If not all corruptions were measured,
+        the first is an unchanged copy of `measured` and the others are empty.
     """
     names = {kind: _corrupted(kind) for kind in ALEXNET_ERRORS}
     every = [name for row in names.values() for name in row]

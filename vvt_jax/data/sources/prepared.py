@@ -1,4 +1,4 @@
-"""Data sets that TensorFlow Datasets prepared, as array_record or TFRecord, without TensorFlow."""
+"""Data sets prepared by TensorFlow Datasets as array_record or TFRecord, read without TensorFlow."""
 
 import contextlib
 import io
@@ -20,14 +20,14 @@ from vvt_jax.system import storage
 from vvt_jax.system.storage import AnyPath, SizeLimit
 
 _OWN_FEATURES = "tensorflow_datasets.core.features."
-_IMPORT_LOCK = threading.Lock()  # while tfds looks up classes of features under it
+_IMPORT_LOCK = threading.Lock()  # held while tfds's lookup of feature classes is replaced
 
 
 class _PreparedExamples:
-    """Examples of serialised records.
+    """Examples from serialised records.
 
-    Images are decoded here and not by tfds, which takes OpenCV or Pillow, whichever it finds
-    (they decode JPEG differently), and leaves a grey file in an RGB data set without channels.
+    Images are decoded here rather than by tfds. It would use OpenCV or Pillow, whichever it finds,
+    which decode JPEG differently, and would not convert a grey file in an RGB data set.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class _PreparedExamples:
         told: str,
         upright: bool,
     ):
-        """`parts` has each file's path and how many of the records are from it, in their order."""
+        """Take the records from `parts`, (path, number of records) of each file in order."""
         self._records = records
         self._files = [path for path, _ in parts]
         self._ends = np.cumsum([count for _, count in parts])
@@ -55,7 +55,7 @@ class _PreparedExamples:
         return len(self._records)
 
     def encoded(self, index: int) -> dict[str, Any]:
-        """The example with its image as it lies in the record."""
+        """Return the example with its image as encoded in the record."""
         import tensorflow_datasets as tfds
 
         decoders = {key: tfds.decode.SkipDecoding() for key in self._decoders}
@@ -68,7 +68,7 @@ class _PreparedExamples:
             return example
         except DataError:
             raise
-        except Exception as error:  # of array_record, protobuf and tfds, which have many kinds
+        except Exception as error:  # array_record, protobuf and tfds raise errors of many kinds
             file = self._files[int(np.searchsorted(self._ends, index, side="right"))]
             raise DataError(
                 f"{file} is damaged: the record of {self.describe(index)} can't be read "
@@ -76,7 +76,7 @@ class _PreparedExamples:
             ) from error
 
     def describe(self, index: int) -> str:
-        """The number and the data set; only the example itself knows its file's name."""
+        """Return the number and the data set; only the record itself contains a file name."""
         return f"Image {index} of {self._told}"
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -99,7 +99,7 @@ class _PreparedExamples:
         return {"image": decode(file, told, upright=self._upright), "label": label}
 
     def mask(self, index: int) -> np.ndarray:
-        """The mask alone, of examples whose pixels have labels: uint8 `[height, width]`."""
+        """Return only the mask of an example whose pixels have labels: uint8 `[height, width]`."""
         return self._mask(self.encoded(index), f"Image {index} of {self._told}")
 
     def _mask(self, example: dict[str, Any], told: str) -> np.ndarray:
@@ -118,10 +118,10 @@ def open_prepared(
     several: bool = False,
     upright: bool = True,
 ) -> Source:
-    """A split of a data set that tfds prepared; see `sources.open_source`.
+    """Open a split of a data set that tfds has prepared; see `sources.open_source`.
 
-    `label` is the feature that holds the label. With `several` it holds any number of them, and so
-    do the examples: `label` is int64 `[labels]`.
+    `label` is the name of the feature that holds the label. With `several`, the feature holds any
+    number of labels, and the `label` of each example is int64 `[labels]`.
     """
     import tensorflow_datasets as tfds
 
@@ -156,7 +156,7 @@ def open_prepared(
         )
     try:
         parts = info.splits[split].file_instructions
-    except Exception as error:  # tfds's own, and whatever a damaged description brings about
+    except Exception as error:  # tfds's own errors, and any that a damaged description causes
         if split in info.splits:
             raise DataError(
                 f"The description of {name!r} in {info.data_dir} is damaged ({_reason(error)}): "
@@ -183,7 +183,7 @@ def open_prepared(
     )
     told = f"{name!r}, split {split!r}"
     examples = _PreparedExamples(records, counts, used, label, told, upright)
-    # tfds gives the examples of an unlabelled test split the label -1.
+    # In tfds, the examples of an unlabelled test split have the label -1.
     if not pixels and len(examples) and np.any(np.asarray(examples.encoded(0)[label]) < 0):
         raise DataError(f"The examples of {name!r}, split {split!r}, have no labels.")
     names = readable_class_names(found[label].names)
@@ -191,7 +191,11 @@ def open_prepared(
 
 
 def _open_array_records(builder: Any, split: str, files: Sequence[str]) -> Sequence[bytes]:
-    """The records of a split; DataError names the file that can't be opened."""
+    """Open the records of a split.
+
+    Raises:
+        DataError: if a file can't be opened. The message names the file, if it can be determined.
+    """
     import tensorflow_datasets as tfds
     from array_record.python.array_record_module import ArrayRecordReader
 
@@ -201,7 +205,7 @@ def _open_array_records(builder: Any, split: str, files: Sequence[str]) -> Seque
             deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
             file_format="array_record",
         )
-    except Exception as error:  # its errors are of many kinds and often don't name the file
+    except Exception as error:  # of many kinds, which often don't name the file
         for file in files:
             try:
                 ArrayRecordReader(file).close()
@@ -221,14 +225,14 @@ def _reason(error: Exception) -> str:
 
 
 def open_builder(name: str, data_dir: str | None) -> Any:
-    """The read-only builder of a prepared data set, from its files alone.
+    """Open the read-only builder of a prepared data set from its files alone.
 
-    `tfds.builder` would run the data set's own code, if registered, and then take data that was
-    never prepared for data in TFRecord files.
+    `tfds.builder` would run the data set's own code, if that is registered, and would then mistake
+    data that was never prepared for data in TFRecord files.
 
     Raises:
-        DataError: it is not there, or the files that describe it are damaged, or name classes that
-            are not tfds's own.
+        DataError: if the data set does not exist, or the files that describe it are damaged or name
+            classes that are not tfds's own.
     """
     from tensorflow_datasets.core import read_only_builder, registered
     from tensorflow_datasets.core.utils import file_utils
@@ -253,13 +257,17 @@ def open_builder(name: str, data_dir: str | None) -> Any:
             f"The data set {name!r} was not found in {' or '.join(places)}: prepare it with "
             f"`python -m vvt_jax.prepare {tfds_name} --data_dir={places[0]}`."
         ) from error
-    except Exception as error:  # a name that is none, data in several places, or damaged files
+    except Exception as error:  # an invalid name, data in several places, or damaged files
         _check_json(folders)
         raise DataError(f"The data set {name!r} can't be opened: {_reason(error)}.") from error
 
 
 def _check_files(folders: Iterable[Path]) -> None:
-    """Refuses a data set with a file that can't be meant: tfds would wait for a pipe for ever."""
+    """Check that all files can be opened, since tfds would wait forever for a named pipe, say.
+
+    Raises:
+        DataError: if a file can't be opened or is too large.
+    """
     for path in _files_below(folders):
         described = path.suffix in (".json", ".txt")
         try:
@@ -269,7 +277,11 @@ def _check_files(folders: Iterable[Path]) -> None:
 
 
 def _check_json(folders: Iterable[Path]) -> None:
-    """Names the first file that describes a data set and is missing or damaged."""
+    """Check the files that describe a data set.
+
+    Raises:
+        DataError: if such a file is missing or damaged. The message names the first one.
+    """
     for path in _files_below(folders):
         if path.name == "features.json" and not path.with_name("dataset_info.json").exists():
             raise DataError(
@@ -294,8 +306,11 @@ def _files_below(folders: Iterable[Path]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _own_feature_classes_only() -> Iterator[None]:
-    """Lets tfds make features of its own classes only. It would import any module that the files of
-    a data set name, which runs a Python file of the working folder."""
+    """Allow tfds to create features of its own classes only.
+
+    Otherwise it would import any module that the files of a data set name, and could so run a
+    Python file in the working folder.
+    """
     from tensorflow_datasets.core.features import feature
 
     connector = feature.FeatureConnector

@@ -1,7 +1,8 @@
-"""TFRecord files read at random, without TensorFlow.
+"""Random access to TFRecord files, without TensorFlow.
 
-A file is a row of records: the length of the data (8 bytes), its masked CRC32C (4), the data, the
-data's masked CRC32C (4); numbers are little-endian. (TensorFlow, core/lib/io/record_writer.h.)
+A file is a sequence of records. Each consists of the length of the data (8 bytes), the masked
+CRC32C of the length (4 bytes), the data, and the masked CRC32C of the data (4 bytes). Numbers are
+little-endian. (Source: TensorFlow, core/lib/io/record_writer.h.)
 """
 
 import contextlib
@@ -22,23 +23,24 @@ from vvt_jax.system import storage
 from vvt_jax.system.storage import AnyPath, SizeLimit, StorageError
 
 _HEADER, _FOOTER = 12, 4  # bytes around a record's data
-_FILES_AT_ONCE = 16  # that are indexed: an object store answers slowly, but many at a time
+_FILES_AT_ONCE = 16  # to index: an object store is slow to answer, but serves many requests
 _MEND = "copy or download the file again"
 
 
 def masked_crc(data: bytes) -> int:
-    """The checksum as TFRecord stores it: CRC32C, rotated by 15 bits, plus a constant."""
+    """Return the checksum as TFRecord stores it: CRC32C, rotated by 15 bits, plus a constant."""
     crc = google_crc32c.value(data)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def read_offsets(path: str | os.PathLike) -> np.ndarray:
-    """Where each record begins, and where the last one ends: int64 `[records + 1]`, in bytes.
+    """Read the offsets of the records and of the end of the last one: int64 `[records + 1]`, bytes.
 
-    Only the records' headers are read.
+    Only the headers of the records are read.
 
     Raises:
-        DataError: the file can't be read, is truncated, or has a damaged header.
+        DataError: if the file can't be read, is truncated, or has a damaged header or a record that
+            is too long.
     """
     offsets = [0]
     try:
@@ -67,10 +69,10 @@ def read_offsets(path: str | os.PathLike) -> np.ndarray:
 
 
 def read_record(path: str | os.PathLike, start: int, end: int) -> bytes:
-    """The data of the record between those bytes.
+    """Read the data of the record between two offsets.
 
     Raises:
-        DataError: the file can't be read, or the record is not what was written.
+        DataError: if the file can't be read, or the record does not match its checksums.
     """
     try:
         record = storage.read_range(path, start, end)
@@ -94,15 +96,15 @@ def _length(header: bytes, path: str | os.PathLike, start: int) -> int:
 
 
 class TFRecords(Sequence[bytes]):
-    """Records of several files in a row.
+    """The records of several files, one file after the other.
 
     Args:
-        parts: of each file its path, how many records to skip, how many to take, and how many it
-            should have.
-        cache_dir: keeps the offsets for the next time; None: nowhere.
+        parts: for each file, its path, the number of records to skip, the number to take, and the
+            number that it should contain.
+        cache_dir: a folder in which the offsets are cached for the next time; None for no cache.
 
     Raises:
-        DataError: a file is missing, damaged, or has another number of records.
+        DataError: if a file is missing, damaged, or has a different number of records.
     """
 
     def __init__(
@@ -132,7 +134,7 @@ class TFRecords(Sequence[bytes]):
 
 
 def _all_offsets(paths: Sequence[str], cache_dir: AnyPath | None) -> list[np.ndarray]:
-    """Of each file; from the cache where the files are as they were."""
+    """Return the offsets of each file, from the cache if the files have not changed."""
     cached = None
     if cache_dir is not None:
         try:
@@ -140,7 +142,7 @@ def _all_offsets(paths: Sequence[str], cache_dir: AnyPath | None) -> list[np.nda
         except OSError as error:
             raise DataError(f"{error.filename} can't be read: {error.strerror}.") from error
         cached = cache_dir / f"{hashlib.sha256(repr(state).encode()).hexdigest()[:32]}.npz"
-        # Missing or damaged: it is made anew
+        # If the cached file is missing or damaged, index the files again
         with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             with np.load(io.BytesIO(storage.read_bytes(cached, SizeLimit.ARRAYS))) as content:
                 joined, counts = content["offsets"], content["counts"]
@@ -163,6 +165,6 @@ def _all_offsets(paths: Sequence[str], cache_dir: AnyPath | None) -> list[np.nda
     if cached is not None:
         made = io.BytesIO()
         np.savez(made, offsets=np.concatenate(found), counts=[len(x) for x in found])
-        with contextlib.suppress(StorageError):  # it can't be written: indexed again then
+        with contextlib.suppress(StorageError):  # if it can't be written, index again next time
             storage.replace(cached, made.getvalue())
     return found
