@@ -118,7 +118,7 @@ def vicinity_attention_quadratic(
     """Compute vicinity attention from its definition, for tests and figures.
 
     Every weight is computed explicitly, in O(N²) and in float32. The arguments and errors are those
-    of `vicinity_attention`, and so is the result, if that is called with `clamp=False`.
+    of `vicinity_attention`, which returns the same result with `clamp=False`.
 
     Returns:
         `[batch, height, width, heads, value_dim]` in the dtype of `value`. With `return_weights`,
@@ -186,10 +186,11 @@ class _Factor:
 
 
 def _of_grid(make: Callable) -> Callable:
-    """Call `make(xp, locality, height, width)` with the NumPy that suits the size of the grid.
+    """Decorate `make(xp, locality, height, width)` to pass the NumPy that suits the grid as `xp`.
 
-    If the size is known, NumPy makes the arrays, and they are cached. In an export with symbolic
-    sizes it is only known when the program runs, so jax.numpy makes them within the program.
+    If the size of the grid is known, NumPy makes the arrays, and they are cached. In an export with
+    symbolic sizes it is known only when the program runs, so jax.numpy makes the arrays within the
+    program.
     """
     once = functools.cache(functools.partial(make, np))
 
@@ -246,9 +247,9 @@ def _position_features(xp, locality, height, width):
 
 
 def _attend_concatenated(query, key, value, locality, keep):
-    """Compute the numerator and denominator, as published, with `features · dim` channels.
+    """Compute the numerator and denominator from `features · dim` channels, as published.
 
-    Both are those of the flattened tokens.
+    The tokens are flattened, also in the results.
     """
     batch, height, width, heads, _ = query.shape
     positions = _position_features(locality, height, width)

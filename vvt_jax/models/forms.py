@@ -120,7 +120,9 @@ def compiling_for(
 
 @contextlib.contextmanager
 def use(**forms: str) -> Iterator[Forms]:
-    """Override the platform's forms for everything traced inside, as in `use(gelu="kept")`.
+    """Override the platform's forms for everything traced inside.
+
+    For example, `use(attention="separable")` selects the separable form of attention.
 
     Raises:
         ValueError: if a form does not exist.

@@ -234,7 +234,7 @@ class Segmenter(VVT):
         num_classes: number of classes, from 1 to 255.
     """
 
-    head: str = "fpn"  # type: ignore[assignment]  # a layer in the classifier
+    head: str = "fpn"  # type: ignore[assignment]  # the classifier has a layer named head
     head_channels: int | None = None
     dropout: float = 0.1
     num_classes: int = 150

@@ -1,4 +1,4 @@
-"""Data sets prepared by TensorFlow Datasets as array_record or TFRecord, read without TensorFlow."""
+"""Data sets that TensorFlow Datasets prepared as array_record or TFRecord, without TensorFlow."""
 
 import contextlib
 import io
@@ -27,7 +27,7 @@ class _PreparedExamples:
     """Examples from serialised records.
 
     Images are decoded here rather than by tfds. It would use OpenCV or Pillow, whichever it finds,
-    which decode JPEG differently, and would not convert a grey file in an RGB data set.
+    which decode JPEG differently, and would return a grey file in an RGB data set without channels.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class _PreparedExamples:
         told: str,
         upright: bool,
     ):
-        """Take the records from `parts`, (path, number of records) of each file in order."""
+        """Take `parts` as (path, number of records) of each file, in the order of the records."""
         self._records = records
         self._files = [path for path, _ in parts]
         self._ends = np.cumsum([count for _, count in parts])
@@ -263,10 +263,10 @@ def open_builder(name: str, data_dir: str | None) -> Any:
 
 
 def _check_files(folders: Iterable[Path]) -> None:
-    """Check that all files can be opened, since tfds would wait forever for a named pipe, say.
+    """Check that all files can be opened, because tfds would wait forever for a pipe, for example.
 
     Raises:
-        DataError: if a file can't be opened or is too large.
+        DataError: if a file can't be opened.
     """
     for path in _files_below(folders):
         described = path.suffix in (".json", ".txt")
