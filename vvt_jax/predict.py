@@ -278,7 +278,8 @@ def _classify(
     complain: Callable[[str], None],
 ) -> None:
     from vvt_jax.inference import explain
-    from vvt_jax.inference.predictor import batched, logits_of
+    from vvt_jax.inference.batches import batched
+    from vvt_jax.inference.predictor import logits_of
 
     predictor.check_classifier()
     class_map = explain.class_map_of(options.stage or explain.default_stage(predictor))
@@ -313,7 +314,7 @@ def _segment(
     complain: Callable[[str], None],
 ) -> None:
     from vvt_jax.data import overlay
-    from vvt_jax.inference.predictor import read_upright
+    from vvt_jax.inference.batches import read_upright
     from vvt_jax.inference.segment import segment_image
 
     if options.format == "csv":

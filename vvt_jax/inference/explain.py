@@ -16,7 +16,8 @@ import numpy as np
 import PIL.Image
 
 from vvt_jax import attention
-from vvt_jax.inference.predictor import Function, ImageLike, Predictor, Size, several
+from vvt_jax.inference.batches import ImageLike, several
+from vvt_jax.inference.predictor import Function, Predictor, Size
 from vvt_jax.models import VVT
 from vvt_jax.system.errors import MissingPackageError, UserError
 

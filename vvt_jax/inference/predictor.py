@@ -10,20 +10,18 @@ from typing import Any, TypeAlias
 
 import jax
 import numpy as np
-import PIL.Image
 
 from vvt_jax.data import preprocess
 from vvt_jax.data.examples import BrokenImageError
-from vvt_jax.data.image_files import decode
 from vvt_jax.data.preprocess import UnfitImageError
 from vvt_jax.distributed import sharding
+from vvt_jax.inference.batches import ImageLike, batched, read_upright, several
 from vvt_jax.models import VVT, Segmenter, unstack_blocks
 from vvt_jax.models.vvt import SMALLEST_SIDE
 from vvt_jax.system.errors import UserError
 from vvt_jax.weights import pretrained
 from vvt_jax.weights.inference_settings import plain_inference
 
-ImageLike: TypeAlias = str | os.PathLike | PIL.Image.Image | np.ndarray
 Size: TypeAlias = tuple[int, int]  # height, width in pixels
 # Takes the model, its variables, normalised images [batch, height, width, 3] and further arrays
 # [batch, ...], and returns a tree of arrays [batch, ...].
@@ -323,29 +321,6 @@ def features_of(model: VVT, variables: Any, images: Any) -> Any:
 
 def pooled_of(model: VVT, variables: Any, images: Any) -> Any:
     return features_of(model, variables, images)[-1].mean((1, 2), dtype=np.float32)
-
-
-def several(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:
-    """Return several images as they are, and a single one as a list of one."""
-    one = isinstance(images, str | os.PathLike | PIL.Image.Image) or (
-        isinstance(images, np.ndarray) and images.ndim < 4
-    )
-    return [images] if one else images  # type: ignore[list-item, return-value]
-
-
-def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    items = iter(items)
-    while batch := list(itertools.islice(items, size)):
-        yield batch
-
-
-def read_upright(path: str) -> PIL.Image.Image:
-    """Read the RGB image in a file, turned upright according to its EXIF orientation.
-
-    Raises:
-        BrokenImageError: the file can't be decoded.
-    """
-    return decode(path, path, upright=True)
 
 
 def _prepare(image: ImageLike, record: Mapping[str, Any]) -> np.ndarray:

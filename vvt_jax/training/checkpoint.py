@@ -11,11 +11,10 @@ because they can then be computed in the background, after the arrays have left 
 are written before the folder gets its final name, so every complete checkpoint has them.
 """
 
-import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -23,17 +22,18 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
-from orbax.checkpoint.checkpoint_managers import (
-    PolicyCheckpointInfo,
-    PreservationContext,
-    PreservationPolicy,
-)
 
-from vvt_jax.distributed import failure
 from vvt_jax.system import storage
-from vvt_jax.system.errors import NO_ROOM, USER_ERROR, UnwrittenError, UserError
+from vvt_jax.system.errors import NO_ROOM, UnwrittenError, UserError
 from vvt_jax.system.storage import AnyPath
-from vvt_jax.training.checksums import SUMS, DamagedError, verify_sums, write_sums
+from vvt_jax.training.checkpoint_handlers import (
+    NewestAndBest,
+    SummedBookkeeping,
+    SummedState,
+    describe_error,
+    unwritten_message,
+)
+from vvt_jax.training.checksums import SUMS, DamagedError, verify_sums
 
 FORMAT_VERSION = 2
 _ITEMS = ("state", "bookkeeping")
@@ -81,7 +81,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: AnyPath, *, keep: int | None, say: Callable[[str], object] = print):
-        self._kept = _NewestAndBest(keep or 0)
+        self._kept = NewestAndBest(keep or 0)
         check_folder(folder)
         self._folder = epath.Path(storage.absolute(folder))
         self._reads_only = keep is None
@@ -89,7 +89,7 @@ class Checkpoints:
         for logger in ("absl", "asyncio"):
             logging.getLogger(logger).addFilter(_without_traceback)
         handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        state, bookkeeping = _SummedState(), _SummedBookkeeping()
+        state, bookkeeping = SummedState(), SummedBookkeeping()
         for arguments in (ocp.args.StandardSave, ocp.args.StandardRestore):
             handlers.add("state", arguments, state)
         if self._reads_only:  # when saving, it would replace the handler with checksums
@@ -297,12 +297,12 @@ class Checkpoints:
 
     def _unreadable(self, step: int, error: Exception) -> CheckpointError:
         return CheckpointError(
-            f"The checkpoint {self._folder / str(step)} can't be read ({_describe(error)}), though "
-            "its files are as they were written."
+            f"The checkpoint {self._folder / str(step)} can't be read ({describe_error(error)}), "
+            "though its files are as they were written."
         )
 
     def _unwritten(self, error: Exception) -> CheckpointError:
-        return UnwrittenCheckpointError(_unwritten(self._folder, error))
+        return UnwrittenCheckpointError(unwritten_message(self._folder, error))
 
 
 class _Manager(ocp.CheckpointManager):
@@ -316,58 +316,6 @@ class _Manager(ocp.CheckpointManager):
         """Return False, so that Orbax never acts on preemption."""
         del step
         return False
-
-
-class _NewestAndBest(PreservationPolicy):
-    """Keeps the newest checkpoints and the best one, however old it is."""
-
-    def __init__(self, newest: int):
-        self._newest = newest
-        self.best_step = 0
-
-    def should_preserve(
-        self, checkpoints: Sequence[PolicyCheckpointInfo], *, context: PreservationContext
-    ) -> Sequence[bool]:
-        """Return whether to keep each checkpoint; the oldest one comes first."""
-        first = len(checkpoints) - self._newest
-        return [i >= first or found.step == self.best_step for i, found in enumerate(checkpoints)]
-
-
-class _SummedState(ocp.StandardCheckpointHandler):
-    def finalize(self, directory: epath.Path) -> None:
-        """Write the checksums.
-
-        Orbax calls this in the first process, after all processes have written their files and
-        before the folder is renamed.
-        """
-        with _announcing_full_disks(directory):
-            super().finalize(directory)
-            write_sums(directory)
-
-
-class _SummedBookkeeping(ocp.JsonCheckpointHandler):
-    def finalize(self, directory: epath.Path) -> None:
-        with _announcing_full_disks(directory):
-            super().finalize(directory)
-            write_sums(directory)
-
-
-@contextlib.contextmanager
-def _announcing_full_disks(directory: epath.Path) -> Iterator[None]:
-    """Announce a full disk to the other processes, which otherwise wait for twenty minutes."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in NO_ROOM:
-            failure.announce(_unwritten(directory, error), USER_ERROR)
-        raise
-
-
-def _unwritten(folder: epath.Path, error: Exception) -> str:
-    return (
-        f"A checkpoint can't be written into {folder} ({_describe(error)}): those that "
-        "are complete stay as they are; with room on the disk, the same command goes on."
-    )
 
 
 def _partial_restore(wanted: Any) -> ocp.args.PyTreeRestore:
@@ -416,11 +364,6 @@ def _is_of_files(error: BaseException | None) -> bool:
     if any(isinstance(each, OSError) and each.errno in NO_ROOM for each in chain):
         return True
     return not any(isinstance(each, jax.errors.JaxRuntimeError | TimeoutError) for each in chain)
-
-
-def _describe(error: Exception) -> str:
-    reason = str(error).strip().partition("\n")[0][:200]
-    return f"{type(error).__name__}: {reason}"
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:

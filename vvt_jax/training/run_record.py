@@ -23,6 +23,7 @@ from vvt_jax.system.errors import UserError
 from vvt_jax.system.storage import AnyPath
 from vvt_jax.training import configuration
 from vvt_jax.training.configuration import ConfigError
+from vvt_jax.training.examples_list import from_line, to_line
 from vvt_jax.weights import hub
 from vvt_jax.weights.pretrained import read_card
 
@@ -117,7 +118,7 @@ def write(
     for name, source in sources.items():
         parts[name] = {"split": source.split, "count": len(source.examples)}
         if source.names is not None:
-            content = b"".join(_to_line(each) for each in source.names)
+            content = b"".join(to_line(each) for each in source.names)
             storage.replace(workdir / LISTS / f"{name}.txt", content)
             parts[name]["sha256"] = hashlib.sha256(content).hexdigest()
     record = {
@@ -362,7 +363,7 @@ def _read_part(workdir: AnyPath, name: str, part: Mapping[str, Any]) -> Part:
         content = storage.read_bytes(path)
         if hashlib.sha256(content).hexdigest() != part["sha256"]:
             raise ConfigError(f"{path} is not the list that the run wrote: use another workdir.")
-        names = tuple(_from_line(line) for line in content.split(b"\n")[:-1])
+        names = tuple(from_line(line) for line in content.split(b"\n")[:-1])
     return Part(str(part["split"]), int(part["count"]), names)
 
 
@@ -382,18 +383,8 @@ def _place(data_dir: str | None) -> str | None:
     return os.path.realpath(os.path.expanduser(data_dir))
 
 
-def _to_line(name: str) -> bytes:
-    """Encode a file's name as a single line, whatever bytes it contains."""
-    return os.fsencode(name).replace(b"\\", rb"\\").replace(b"\n", rb"\n") + b"\n"
-
-
-def _from_line(line: bytes) -> str:
-    parts = (part.replace(rb"\n", b"\n") for part in line.split(rb"\\"))
-    return os.fsdecode(b"\\".join(parts))
-
-
 def _digest(names: Sequence[str]) -> str:
-    return hashlib.sha256(b"".join(map(_to_line, names))).hexdigest()[:16]
+    return hashlib.sha256(b"".join(map(to_line, names))).hexdigest()[:16]
 
 
 def _count(items: Sequence[str], noun: str) -> str:
