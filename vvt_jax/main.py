@@ -22,7 +22,6 @@ from ml_collections import config_flags
 from vvt_jax.system.errors import CRASH, USER_ERROR, UnwrittenError, UserError
 from vvt_jax.system.output import outlive_readers
 from vvt_jax.training.config_flags import flagged_fields, parse_flags
-from vvt_jax.training.configuration import ConfigError
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file with get_config(); configs/common.py lists the fields."
@@ -40,8 +39,6 @@ def main(argv: list[str]) -> None:
 
     sharding.give_simulated_devices_time()
     try:
-        if argv[1:]:
-            raise ConfigError(f"Not a flag: {argv[1]}; a field is given as --config.field=value.")
         flagged = flagged_fields(_CONFIG)
         train_and_evaluate(_CONFIG.value, str(_WORKDIR.value), flagged=flagged)
         failure.finish()

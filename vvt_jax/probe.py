@@ -166,8 +166,6 @@ def describe(result: Mapping[str, Any]) -> str:
 def main(argv: list[str], arguments: Mapping[str, Any]) -> None:
     path = arguments["json"].value
     with ending_in_a_sentence():
-        if argv[1:]:
-            raise ConfigError(f"Not a flag: {argv[1]}; a field is given as --config.field=value.")
         if path and os.path.lexists(path) and not arguments["force"].value:
             raise ConfigError(f"--json={path} exists: give --force to replace it, or another.")
         config = arguments["config"].value

@@ -63,8 +63,6 @@ def training_batch(
 
 def main(argv: list[str], arguments: Mapping[str, Any]) -> None:
     with ending_in_a_sentence():
-        if argv[1:]:
-            raise ConfigError(f"Not a flag: {argv[1]}; a field is given as --config.field=value.")
         step, count = arguments["step"].value, arguments["images"].value
         if step < 1 or count < 1:
             raise ConfigError("--step and --images count from 1.")

@@ -54,6 +54,8 @@ def parse_flags(argv: list[str], config_flag: flags.FlagHolder) -> list[str]:
         if not isinstance(config_flag.value, ConfigDict):
             kind = type(config_flag.value).__name__
             raise ConfigError(f"The config file's get_config() returns a {kind}, not a ConfigDict.")
+        if rest[1:]:
+            raise ConfigError(f"Not a flag: {rest[1]}; a field is given as --config.field=value.")
         _replace_units(config_flag.value, flagged_fields(config_flag))
         return rest
     except ConfigError as error:
